@@ -117,11 +117,18 @@ def divide_rows(seen: Observation, layer: nn.Linear) -> Reconstruction:
     # a mixture claimed as an image costs more than one not claimed: it can take an exact image's place in the pairing
     order = order[: max(1, int((doubt < DOUBT[seen.update.kind]).sum()))]
     kept = order[distinct(pixels[order])][:count]
-    found, granted = labels[kept], seen.granted.get("labels")
-    if granted is not None:
-        mine, theirs = linear_sum_assignment(off[kept][:, granted].cpu().nan_to_num(nan=1e9, posinf=1e9).numpy())
-        found[mine] = granted[theirs]
-    return Reconstruction(pixels[kept].float(), found)
+    return Reconstruction(pixels[kept].float(), assign_granted(seen, labels[kept], off[kept]))
+
+
+def assign_granted(seen: Observation, labels: Tensor, cost: Tensor) -> Tensor:
+    """`labels` (M,) or, if labels were granted, each of those to the image it costs least; cost (M, classes)."""
+    granted = seen.granted.get("labels")
+    if granted is None:
+        return labels
+    mine, theirs = linear_sum_assignment(cost[:, granted].cpu().nan_to_num(nan=1e9, posinf=1e9).numpy())
+    labels = labels.clone()
+    labels[mine] = granted[theirs]
+    return labels
 
 
 def head_scale(seen: Observation, layer: nn.Linear, gradient: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:

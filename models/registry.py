@@ -43,6 +43,7 @@ def build(
     activation: str | None = None,
     norm: str | None = None,
     dropout: float | None = None,
+    width: int | None = None,
     rng: torch.Generator | None = None,
 ) -> nn.Module:
     """A fresh network (N, C, H, W) -> (N, num_classes). An option left at None is the network's own default.
@@ -50,13 +51,15 @@ def build(
     With `rng` the weights are drawn from it and torch's global stream stays where it was.
     """
     entry = MODELS[known(name, MODELS, "model")]
-    given = {"activation": activation, "norm": norm, "dropout": dropout}
+    given = {"activation": activation, "norm": norm, "dropout": dropout, "width": width}
     options = {key: value for key, value in given.items() if value is not None}
     for key in options:
         if key not in entry.options:
             raise UsageError(f"{name} has no option {key}; it takes {', '.join(entry.options) or 'none at all'}")
     if dropout is not None and not 0 <= dropout < 1:
         raise UsageError(f"dropout {dropout} is not a probability in [0, 1)")
+    if width is not None and width < 1:
+        raise UsageError(f"width {width} leaves a layer without units")
     if num_classes < 2:
         raise UsageError(f"{name} needs at least 2 classes, got {num_classes}")
     channels, height, width = image_shape

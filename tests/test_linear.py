@@ -217,7 +217,7 @@ def test_a_flat_image_does_not_spoil_the_unmixing() -> None:
     assert correlation(others, sources) > 0.85
 
 
-@pytest.mark.parametrize("name", ["analytic", "trap", "cpa"])
+@pytest.mark.parametrize("name", ["analytic", "trap", "cpa", "spear"])
 def test_refuses_a_network_that_does_not_begin_with_a_linear_layer(name: str) -> None:
     with pytest.raises(UsageError, match="first layer") as refusal:
         REGISTRY[name]().check(network("cnn"), TASK, Recipe(8), "gradient", 8)

@@ -78,6 +78,7 @@ class Common:
     activation: str | None = hp(None, "relu, sigmoid, tanh, ...; default: the model's own")
     norm: Literal["none", "batch", "group"] | None = hp(None, "normalisation layers; default: the model's own")
     dropout: float | None = hp(None, "dropout probability; default: the model's own", least=0, below=1)
+    width: int | None = hp(None, "units of a hidden layer (mlp, fc2); default: the model's own", least=1)
     model_mode: Literal["eval", "train"] = hp("eval", "mode in which clients compute: BatchNorm statistics, dropout")
     weights: Path | None = hp(None, "start from these weights: safetensors, or a torch state dict")
     pretrain_epochs: int = hp(0, "first train the model on public data for so many epochs", least=0)

@@ -89,6 +89,7 @@ class Scene:
             activation=run.activation,
             norm=run.norm,
             dropout=run.dropout,
+            width=run.width,
             rng=stream(self.seed, "model"),
         )
         if run.weights is not None:

@@ -1,0 +1,10 @@
+#!/bin/sh
+# SPEAR (Dimitrov et al., 2024) on the gradient of one batch.
+# sh experiments/grad/spear.sh [flags]      all flags: --help
+
+BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
+DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
+
+ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
+exec "$PYTHON" "$ROOT/main_grad.py" spear --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
+    --model fc2 --width 200 --normalize dataset --batch-size 8 "$@"
