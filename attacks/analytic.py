@@ -7,10 +7,10 @@ to a server that changed nothing.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.base import Attack, register
-from attacks.linear import divide_rows, require_pixel_layer
+from attacks.linear import alone_on_a_neuron, divide_rows, require_pixel_layer
 from federated.wire import Observation, Recipe, Reconstruction, Task
 
 
@@ -26,6 +26,9 @@ class Analytic(Attack):
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
         require_pixel_layer("analytic", model, task, bias=True)
+
+    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor:
+        return alone_on_a_neuron(require_pixel_layer("analytic", model, task), task.to_model(images))
 
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         return divide_rows(seen, require_pixel_layer("analytic", seen.model, seen.task, bias=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, Update, UsageError
 from utils.cli import settings
@@ -47,6 +47,14 @@ class Attack(ABC):
         about to be ordered (None: one gradient, of a batch like any).
         """
         return model
+
+    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor | None:
+        """(N,) which of the true images (N, C, H, W) the method can tell apart at all, if it knows; for scoring only.
+
+        The evaluator's side calls it, with the model as broadcast. An attack that answers has the number of its
+        candidates and their control scored too: how many unrelated images they would pass for.
+        """
+        return None
 
     @abstractmethod
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:

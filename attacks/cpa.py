@@ -69,7 +69,8 @@ class CocktailParty(Attack):
         granted = seen.granted.get("labels")
         if granted is not None:
             labels = granted[: len(images)]
-        return Reconstruction(images.float(), labels, trace, len(trace), self.restarts - 1)
+        found = sources.float().view(-1, *seen.task.image_shape)
+        return Reconstruction(images.float(), labels, trace, len(trace), self.restarts - 1, sources=found)
 
     def unmix(self, gradient: Tensor, n: int, task: Task, rng: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:
         """Sources U (r, d) of a gradient (h, d), each an image up to its scale and sign, and the objective's course."""

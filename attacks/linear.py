@@ -93,6 +93,12 @@ def distinct(images: Tensor, same: float = 0.9995) -> list[int]:
     return kept
 
 
+def alone_on_a_neuron(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """(N,) which of N model inputs (N, C, H, W) are the only one to pass some ReLU neuron behind `layer`."""
+    passed = layer(inputs.flatten(1)) > 0  # (N, h)
+    return passed[:, passed.sum(0) == 1].any(1)
+
+
 def divide_rows(seen: Observation, layer: nn.Linear) -> Reconstruction:
     """x = dW_k / db_k for every row k of `layer`, and which of these are images rather than mixtures.
 

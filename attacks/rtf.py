@@ -88,6 +88,13 @@ class RobbingTheFed(Attack):
         middle = self.bins // 2
         return edges[[middle, middle + 1, -1]] if self.one_shot else edges
 
+    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor:
+        assert isinstance(model, Imprint)
+        brightness = model.brightness(task.to_model(images))
+        bins = torch.bucketize(brightness, model.edges[1:-1].contiguous(), right=True)
+        alone = torch.bincount(bins)[bins] == 1
+        return alone & (bins == 0) & (brightness >= model.edges[0]) if self.one_shot else alone
+
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         expect_update(seen.update, seen.model)
         block = seen.model

@@ -9,10 +9,10 @@ is dW_k / db_k. A bias at the public (1 - 1/K) quantile of w_k x, for K images b
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.base import Attack, register
-from attacks.linear import divide_rows, has_relu, require_pixel_layer
+from attacks.linear import alone_on_a_neuron, divide_rows, has_relu, require_pixel_layer
 from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
 
@@ -55,6 +55,9 @@ class Trap(Attack):
             passed = task.to_model(public.images).flatten(1) @ layer.weight.T  # (n, h)
             layer.bias.copy_(-passed.quantile(1 - 1 / self.target, dim=0))
         return model
+
+    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor:
+        return alone_on_a_neuron(require_pixel_layer("trap", model, task), task.to_model(images))
 
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         return divide_rows(seen, require_pixel_layer("trap", seen.model, seen.task, bias=True))

@@ -133,6 +133,7 @@ class Reconstruction:
 
     `trace` is the attack's own objective over time, never a metric against the truth. `status` is "diverged" when
     no run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same.
+    `sources` are what a method found before it guessed their sign, scale and offset; they are scored apart, as oracles.
     """
 
     images: Tensor  # (M, C, H, W) in [0, 1]
@@ -141,3 +142,4 @@ class Reconstruction:
     iterations: int = 0
     restarts: int = 0
     status: Literal["ok", "diverged"] = "ok"
+    sources: Tensor | None = None  # (M, C, H, W)

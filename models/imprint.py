@@ -68,6 +68,10 @@ class Imprint(nn.Module):
             self.second.weight[:, channels] = 1.0
             self.second.bias.zero_()
 
+    def brightness(self, x: Tensor) -> Tensor:
+        """What the thresholds are compared with, of inputs (N, C, H, W): (N,)."""
+        return self.task.to_pixels(x).mean((1, 2, 3))
+
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.task.to_pixels(x).flatten(1)  # (N, C*H*W)
         z = F.linear(pixels, self.weight, self.bias)  # (N, K)

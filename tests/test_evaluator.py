@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federated.wire import Batch, Reconstruction
-from utils.evaluator import Evaluator, Lpips, match, mse, psnr, ssim, succeeded, summarise
+from utils.evaluator import Evaluator, Lpips, correlations, match, mse, psnr, ssim, succeeded, summarise
 
 
 def pictures(n: int, seed: int = 0) -> torch.Tensor:
@@ -145,3 +145,24 @@ def test_lpips_is_null_without_its_backbone_and_says_why_once(
     assert distance(x, y) is distance(x, y) is None
     assert len(said) == 1
     assert "\n" not in said[0]
+
+
+def test_sources_are_scored_up_to_sign_scale_and_offset_and_named_oracle() -> None:
+    truth = pictures(3)
+    rec = Reconstruction(torch.zeros(3, 3, 16, 16), sources=torch.stack([3 - 2 * truth[1], truth[0], truth[2] / 9]))
+    rows, _ = evaluator().score(Batch(truth, torch.tensor([0, 1, 2])), rec)
+    assert [r["oracle_corr"] for r in rows] == pytest.approx([1, 1, 1])
+    assert min(r["oracle_affine_psnr"] for r in rows) > 60
+    assert max(r["psnr"] for r in rows) < 10
+    noise = pictures(1, seed=7)
+    (corr,), (affine,) = correlations(truth[:1], (truth[:1] - truth[:1].mean()) + (noise - noise.mean()))
+    assert corr == pytest.approx(0.5**0.5, abs=0.1)
+    assert affine == pytest.approx(psnr(truth[0], truth[0].mean() + torch.zeros(3, 16, 16)) + 3, abs=0.7)
+    assert correlations(truth[:2], truth[:1]) == (pytest.approx([1, 0]), [100, pytest.approx(affine - 3, abs=1)])
+
+
+def test_control_counts_what_the_same_candidates_would_pass_for() -> None:
+    mine, others = pictures(3), pictures(3, seed=1)
+    assert evaluator().control(mine, Reconstruction(mine)) == 1
+    assert evaluator().control(others, Reconstruction(mine)) == 0
+    assert evaluator().control(others, Reconstruction(mine[:0])) == 0

@@ -67,6 +67,7 @@ def test_rtf_recovers_the_images_alone_in_their_bin(connection: str, sparse: boo
     truth = victims(64, seed=4)
     seen = observe(attack, network("lenet"), truth)
     found = scores(truth.images, rebuild(attack, seen).images) > 60
+    assert torch.equal(attack.ceiling(seen.model, TASK, truth.images), alone(seen.model, truth.images))
     assert (found != alone(seen.model, truth.images)).sum() <= 1
 
 

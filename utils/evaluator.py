@@ -127,6 +127,22 @@ def match(truth: Tensor, images: Tensor) -> list[int | None]:
     return pairs
 
 
+def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], list[float]]:
+    """For each truth (N, C, H, W): |corr| with its source (M, C, H, W), one to one, and the PSNR in dB of that source
+    under the scale, sign and offset that suit it best. Oracle scores: truth has chosen all three. 0 without a partner.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    a, b = (t.double().flatten(1) - t.double().flatten(1).mean(1, keepdim=True) for t in (truth, sources))
+    norms = a.norm(dim=1)[:, None] * b.norm(dim=1)
+    alike = ((a @ b.T).abs() / norms.clamp(min=1e-300)).nan_to_num().clamp(max=1)  # (N, M)
+    corr = [0.0] * len(a)
+    for i, j in zip(*linear_sum_assignment(-alike.numpy()), strict=True):
+        corr[i] = alike[i, j].item()
+    rest = [v * (1 - c**2) for v, c in zip(a.square().mean(1).tolist(), corr, strict=True)]
+    return corr, [PSNR_CAP if e <= 10 ** (-PSNR_CAP / 10) else -10 * math.log10(e) for e in rest]
+
+
 class Evaluator:
     """Scores reconstructions against truth, beside what knowing no pixel would have scored.
 
@@ -171,7 +187,17 @@ class Evaluator:
                 "class_baseline_psnr": psnr(x, self.mean_image if of_class is None else of_class),
             }
             rows.append(row)
+        if rec.sources is not None:
+            for row, corr, affine in zip(rows, *correlations(truth.images, rec.sources), strict=True):
+                row |= {"oracle_corr": corr, "oracle_affine_psnr": affine}
         return rows, torch.stack(shown)
+
+    def control(self, unrelated: Tensor, rec: Reconstruction) -> float:
+        """Share of images (N, C, H, W) nobody has sent that the same reconstructions would be a success for."""
+        images = rec.images[torch.isfinite(rec.images).flatten(1).all(1)].clamp(0, 1)
+        pairs = match(unrelated, images)
+        hits = [j is not None and psnr(x, images[j]) >= SUCCESS_PSNR for x, j in zip(unrelated, pairs, strict=True)]
+        return sum(hits) / len(hits)
 
 
 def _labels_right(truth: Tensor, predicted: Tensor | None, pairs: Sequence[int | None]) -> list[bool | None]:
@@ -210,6 +236,12 @@ def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) 
             "median": statistics.median(values),
         }
 
+    def mean(entries: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+        """Of an entry that only some attacks have."""
+        values = [e[key] for e in entries if e.get(key) is not None]
+        return {key: statistics.fmean(values)} if values else {}
+
+    recovered = [r["psnr"] for r in rows if succeeded(r)]
     named = [r["label_ok"] for r in rows if r["label_ok"] is not None]
     return {
         "images": len(rows),
@@ -223,4 +255,10 @@ def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) 
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),
+        "recovered_psnr": statistics.median(recovered) if recovered else None,
+        **mean(rows, "ceiling"),
+        **mean(trials, "candidates"),
+        **mean(trials, "control"),
+        **mean(rows, "oracle_corr"),
+        **mean(rows, "oracle_affine_psnr"),
     }

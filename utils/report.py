@@ -52,18 +52,45 @@ COLUMNS: dict[str, Any] = {
 }
 
 
+# of some attacks only
+OWN_COLUMNS: dict[str, Any] = {
+    "ceiling": lambda s: number(s.get("ceiling"), 3),
+    "recovered, median dB": lambda s: number(s.get("recovered_psnr"), 1),
+    "candidates": lambda s: number(s.get("candidates"), 1),
+    "control": lambda s: number(s.get("control"), 3),
+    "oracle corr": lambda s: number(s.get("oracle_corr"), 3),
+    "oracle affine dB": lambda s: number(s.get("oracle_affine_psnr"), 1),
+}
+KEYS = (
+    "ceiling",
+    "ceiling",
+    "candidates",
+    "control",
+    "oracle_corr",
+    "oracle_affine_psnr",
+)  # without which none is shown
+
+
+def columns_of(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """What to show of runs: what every attack has, and what some of these have on top."""
+    own = zip(OWN_COLUMNS.items(), KEYS, strict=True)
+    return COLUMNS | {name: show for (name, show), key in own if any(key in s for s in summaries)}
+
+
 def one_run(summary: Summary) -> str:
     """The table at the end of a run."""
     title = f"{summary['attack']} | {summary['mode']} | {summary['dataset']} | {summary['model']}"
     if "accuracy" in summary:
         title += f" | test accuracy {summary['accuracy']:.3f}"
-    return title + "\n" + table(list(COLUMNS), [[show(summary) for show in COLUMNS.values()]])
+    columns = columns_of([summary])
+    return title + "\n" + table(list(columns), [[show(summary) for show in columns.values()]])
 
 
 def many_runs(points: Sequence[Mapping[str, str]], summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a comparison: what was varied, then the metrics."""
     varied = list(dict.fromkeys(key for point in points for key in point))
-    columns = {name: show for name, show in COLUMNS.items() if name != "oracle" or any(s["oracle"] for s in summaries)}
+    columns = columns_of(summaries)
+    columns = {name: show for name, show in columns.items() if name != "oracle" or any(s["oracle"] for s in summaries)}
     if any("accuracy" in s for s in summaries):
         columns = columns | {
             "accuracy": lambda s: number(s.get("accuracy"), 3),

@@ -117,6 +117,12 @@ class Scene:
         """Private images by index, on the run's device."""
         return Batch(*(t.to(self.device) for t in self.dataset.private.take(indices)))
 
+    def unrelated(self, count: int, trial: int) -> torch.Tensor:
+        """Held-out images (count, C, H, W) that no client has; public ones where a data set holds none out."""
+        there = self.dataset.test if len(self.dataset.test) else self.dataset.public
+        chosen = torch.randint(len(there), (count,), generator=stream(self.seed, "control", trial))
+        return there.take(chosen).images
+
     def prepare_model(self) -> None:
         """Train on public data first, if asked to."""
         if self.run.pretrain_epochs:
@@ -269,6 +275,12 @@ def _attack_and_score(scene: Scene, observations: Observations, store: Store) ->
                 "restarts": rec.restarts,
                 **victim.origin,
             }
+            told = scene.attack.ceiling(victim.seen.model, scene.task, victim.truth.images)
+            if told is not None:
+                for row, alone in zip(rows, told.tolist(), strict=True):
+                    row["ceiling"] = alone
+                unrelated = scene.unrelated(len(rows), victim.trial)
+                record |= {"candidates": len(rec.images), "control": evaluator.control(unrelated, rec)}
             store.add_trial(rows, record, truth.images, rebuilt)
             psnrs += [row["psnr"] for row in rows]
             bar.update()
@@ -319,7 +331,10 @@ def _reconstruct(attack: Attack, seen: Observation, seed: int, trial: int) -> tu
     images = rec.images.detach().float().cpu()
     assert images.ndim == 4 and images.shape[1:] == seen.task.image_shape, f"{images.shape} for {seen.task.image_shape}"
     labels = None if rec.labels is None else rec.labels.detach().cpu()
-    return dataclasses.replace(rec, images=images, labels=labels), round(time.perf_counter() - start, 3)
+    sources = None if rec.sources is None else rec.sources.detach().float().cpu()
+    return dataclasses.replace(rec, images=images, labels=labels, sources=sources), round(
+        time.perf_counter() - start, 3
+    )
 
 
 def _in_workers(scene: Scene, victims: Iterator[Victim], listen: Listener) -> Iterator[Attacked]:
