@@ -9,6 +9,7 @@ images give d, and d and the gradient give the images, which often ends at the e
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.base import Attack, progress, register
-from attacks.linear import explain, head_scale, layer_gradient, require_pixel_layer, slopes, to_image
+from attacks.features import Embedding, Tail, hidden_layer, invert_features
+from attacks.linear import explain, has_relu, head_scale, layer_gradient, pixel_layer, public_inputs, slopes, to_image
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
 
@@ -30,14 +32,19 @@ def log_cosh(s: Tensor) -> Tensor:
 
 @register("cpa")
 class CocktailParty(Attack):
-    """Cocktail Party Attack: images unmixed from the rows of a fully connected layer's gradient by ICA."""
+    """Cocktail Party Attack: images unmixed from the rows of a fully connected layer's gradient by ICA.
+
+    Behind convolutions what is unmixed are embeddings, and images are then sought that have them.
+    """
 
     paper = "Kariyappa et al.: Cocktail Party Attack. ICML 2023"
     threat = "honest-but-curious"
     wants_model = "fc2"
 
     start: Literal["differences", "pixels", "adam", "random"] = hp(
-        "differences", "FastICA on pixel differences or pixels, the paper's optimiser, or no unmixing", paper="adam"
+        "differences",
+        "FastICA on differences (of embeddings: whitened) or as is, the paper's Adam, or no unmixing",
+        paper="adam",
     )
     restarts: int = hp(3, "FastICA runs from random rotations; the least Gaussian wins", least=1, paper=1)
     iterations: int = hp(400, "at the most, of FastICA or Adam", least=1, paper=25000, source="authors' README")
@@ -45,14 +52,26 @@ class CocktailParty(Attack):
     tv: float = hp(3.1, "Adam: weight of total variation", least=0, source="authors' README, FC2")
     mi: float = hp(1.47, "Adam: weight of mutual independence", least=0, source="authors' README, FC2")
     sharpness: float = hp(12.4, "Adam: T, of mutual independence", above=0, source="authors' README, FC2")
+    nonneg: float = hp(0.13, "Adam, embeddings: weight of the smaller of both signs", least=0, source="authors' README")
+    l1: float = hp(5.0, "Adam, embeddings: weight of |s|", least=0, source="authors' README, VGG16")
     refine: int = hp(8, "rounds of images from d, d from images", least=0, paper=0)
+    fi_iterations: int = hp(300, "of feature inversion, behind convolutions", least=1, paper=25000)
+    fi_lr: float = hp(0.1, "Adam's, of feature inversion", above=0, source="authors' README")
+    fi_tv: float = hp(1.0, "feature inversion: total variation's share of the matching slope", least=0)
     cut: float = hp(1e-11, "eigenvalues below this share of the largest carry no image", above=0)
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
-        layer = require_pixel_layer("cpa", model, task)
-        if layer is [m for m in model.modules() if list(m.parameters(recurse=False))][-1]:
-            raise UsageError("cpa unmixes a hidden layer, and this model is its head only: choose --model fc2 or mlp")
+        layer = hidden_layer(model)
+        if layer is None:
+            raise UsageError(
+                "cpa unmixes a fully connected layer before the head, and this model has none: "
+                "choose --model fc2, mlp, cnn or vgg16"
+            )
+        if pixel_layer(model, task) is None and not has_relu(model):
+            raise UsageError(
+                "cpa inverts embeddings that are not negative, and this model has no ReLU: --activation relu"
+            )
         if num_examples > min(layer.weight.shape):
             raise UsageError(
                 f"cpa: {num_examples} images are mixed in {min(layer.weight.shape)} independent rows, which carry no "
@@ -60,21 +79,54 @@ class CocktailParty(Attack):
             )
 
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        layer = require_pixel_layer("cpa", seen.model, seen.task)
+        layer, n, task = hidden_layer(seen.model), seen.update.num_examples, seen.task
+        assert layer is not None, "a model without a hidden layer"
         gradient, _ = layer_gradient(seen, layer)  # (h, d)
-        sources, trace = self.unmix(gradient, seen.update.num_examples, seen.task, rng)
-        scale, labels = head_scale(seen, layer, gradient, sources)
-        x, labels = self.consistent(seen, layer, gradient, scale[:, None] * sources, labels)
-        images = to_image(x, seen.task).clamp(0, 1)
+        pictures = pixel_layer(seen.model, task) is layer
+        model, public, whiter = seen.model, public_inputs(seen), None
+        if not pictures:
+            embedding, model = Embedding(model, layer), Tail(model, layer, task)
+            layer, public = model.layer, embedding(public).detach()
+            if self.start == "differences":
+                whiter = Whitening(torch.cat([embedding(x).detach() for x in public_inputs(seen, 1024).split(128)]))
+        sources, trace = self.unmix(gradient, n, task if pictures else None, rng, whiter)
+
+        def inputs(rows: Tensor) -> Tensor:
+            """Sources in their units (r, d) -> what the model behind them takes."""
+            if pictures:
+                return task.to_model(to_image(rows, task).clamp(0, 1).to(public))
+            return rows.clamp(min=0).to(public)
+
+        scale, labels = head_scale(model, layer, gradient, sources, public, n)
+        if not pictures:  # an embedding is not negative, which says more of its sign than the head does
+            sign = (sources.relu().norm(dim=1) - (-sources).relu().norm(dim=1)).sign()
+            scale = scale.abs() * sign
+        x, labels = self.consistent(model, layer, gradient, scale[:, None] * sources, labels, inputs, n)
         granted = seen.granted.get("labels")
         if granted is not None:
-            labels = granted[: len(images)]
-        found = sources.float().view(-1, *seen.task.image_shape)
-        return Reconstruction(images.float(), labels, trace, len(trace), self.restarts - 1, sources=found)
+            labels = granted[: len(x)]
+        if pictures:
+            images = task.to_pixels(inputs(x).view(-1, *task.image_shape)).clamp(0, 1)
+            found = sources.float().view(-1, *task.image_shape)
+            return Reconstruction(images.float(), labels, trace, len(trace), self.restarts - 1, sources=found)
+        images, trace = invert_features(embedding, inputs(x), task, self.fi_iterations, self.fi_lr, self.fi_tv, rng)
+        return Reconstruction(images.float(), labels, trace, len(trace), self.restarts - 1)
 
-    def unmix(self, gradient: Tensor, n: int, task: Task, rng: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:
-        """Sources U (r, d) of a gradient (h, d), each an image up to its scale and sign, and the objective's course."""
-        view = _differences(gradient, task) if self.start == "differences" else gradient
+    def unmix(
+        self,
+        gradient: Tensor,
+        n: int,
+        task: Task | None,
+        rng: torch.Generator,
+        whiter: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[float, ...]]:
+        """Sources U (r, d) of a gradient (h, d), each an image up to its scale and sign, and the objective's course.
+
+        Without a task they are embeddings, whose entries have no neighbours: `whiter` then does what differences do.
+        """
+        view = gradient
+        if self.start == "differences":
+            view = _differences(gradient, task) if whiter is None else whiter(gradient)
         if self.start in ("adam", "pixels"):
             view = view - view.mean(1, keepdim=True)
         values, vectors = torch.linalg.eigh(view @ view.T / view.shape[1])
@@ -91,7 +143,14 @@ class CocktailParty(Attack):
         return unmixing @ whiten @ gradient, trace
 
     def consistent(
-        self, seen: Observation, layer: nn.Linear, gradient: Tensor, x: Tensor, labels: Tensor
+        self,
+        model: nn.Module,
+        layer: nn.Linear,
+        gradient: Tensor,
+        x: Tensor,
+        labels: Tensor,
+        inputs: Callable[[Tensor], Tensor],
+        n: int,
     ) -> tuple[Tensor, Tensor]:
         """Images (r, d) in model units and labels, after rounds of d = d(x, y) and x = argmin |dL/dW - (1/n) d^T x|.
 
@@ -101,8 +160,7 @@ class CocktailParty(Attack):
         best, least = (x, labels), 0.4
         size = gradient.norm(dim=1).median()
         for number in range(self.refine):
-            pixels = to_image(x, seen.task).clamp(0, 1).to(seen.public.images)
-            said = slopes(seen.model, layer, seen.task.to_model(pixels)).double() / seen.update.num_examples
+            said = slopes(model, layer, inputs(x)).double() / n
             if number < 3:
                 labels = explain(torch.linalg.lstsq(x.T, gradient.T).solution, said)[1]
             d = said[torch.arange(len(x)), labels].T  # (h, r)
@@ -134,7 +192,7 @@ class CocktailParty(Attack):
             progress(iteration, self.iterations, trace[-1])
         return unmixing, tuple(trace)
 
-    def adam(self, white: Tensor, whole: Tensor, task: Task) -> tuple[Tensor, tuple[float, ...]]:
+    def adam(self, white: Tensor, whole: Tensor, task: Task | None) -> tuple[Tensor, tuple[float, ...]]:
         """The paper's objective by Adam: -negentropy + mi * mutual independence + tv * total variation."""
         v = torch.eye(len(white), dtype=white.dtype, device=white.device, requires_grad=True)
         optimizer = torch.optim.Adam([v], lr=self.lr)
@@ -144,16 +202,37 @@ class CocktailParty(Attack):
             rows = F.normalize(v, dim=1)
             negentropy = (log_cosh(rows @ white).mean(1) - GAUSS).square().mean()
             alike = (rows @ rows.T - torch.eye(len(rows)).to(rows)).abs()
-            pictures = (rows @ whole).view(-1, *task.image_shape)
-            variation = sum(pictures.diff(dim=axis).abs().mean() for axis in (2, 3))
+            if task is None:  # embeddings are not negative, and sparse
+                sources = rows @ whole
+                negative = torch.minimum(sources.relu().norm(dim=1), (-sources).relu().norm(dim=1)).mean()
+                prior = self.nonneg * negative + self.l1 * sources.abs().mean()
+            else:
+                pictures = (rows @ whole).view(-1, *task.image_shape)
+                prior = self.tv * sum(pictures.diff(dim=axis).abs().mean() for axis in (2, 3))
             independence = (self.sharpness * alike).exp().mean() - 1
-            loss = self.tv * variation + self.mi * independence - negentropy
+            loss = prior + self.mi * independence - negentropy
             (v.grad,) = torch.autograd.grad(loss, [v])
             optimizer.step()
             schedule.step()
             trace.append(loss.item())
             progress(iteration, self.iterations, trace[-1])
         return F.normalize(v.detach(), dim=1), tuple(trace)
+
+
+class Whitening:
+    """Rows (h, d) without what public embeddings (m, d) have in common, and with their correlations evened out."""
+
+    def __init__(self, public: Tensor, floor: float = 3e-3) -> None:
+        self.mean = F.normalize(public.double().mean(0), dim=0)
+        spread = public - public.mean(0)
+        _, sizes, directions = torch.linalg.svd(spread, full_matrices=False)
+        least = floor * sizes[0]
+        self.directions = directions.double()  # (m, d)
+        self.gains = (least / (sizes.square() + least**2).sqrt()).double()  # (m,): 1 where the public ones hardly vary
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = rows - (rows @ self.mean)[:, None] * self.mean
+        return rows + (rows @ self.directions.T * (self.gains - 1)) @ self.directions
 
 
 def _differences(rows: Tensor, task: Task) -> Tensor:

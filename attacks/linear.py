@@ -137,16 +137,23 @@ def assign_granted(seen: Observation, labels: Tensor, cost: Tensor) -> Tensor:
     return labels
 
 
-def head_scale(seen: Observation, layer: nn.Linear, gradient: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head says of unmixed sources U (r, d): kappa with x_i = kappa_i U_i in model units, and a label each.
+def public_inputs(seen: Observation, count: int = 64) -> Tensor:
+    """Some public images, as the model takes them."""
+    chosen = torch.linspace(0, len(seen.public.images) - 1, count).long()
+    return seen.task.to_model(seen.public.images[chosen])
+
+
+def head_scale(
+    model: nn.Module, layer: nn.Linear, gradient: Tensor, sources: Tensor, public: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """What the head says of sources U (r, d) unmixed from n images: kappa with x_i = kappa_i U_i, and a label each.
 
     gradient (h, d) = sum_i delta_i U_i^T is solved for delta_i, which is kappa_i d_i / n with d_i = dL/dz of image i
-    under its label; d is guessed from public images, class by class, on the neurons where delta_i is large.
+    under its label; d is guessed from `public` inputs, class by class, on the neurons where delta_i is large.
     """
     delta = torch.linalg.lstsq(sources.T, gradient.T).solution  # (r, h)
-    chosen = torch.linspace(0, len(seen.public.images) - 1, 64).long()
-    said = slopes(seen.model, layer, seen.task.to_model(seen.public.images[chosen])).double()  # (64, classes, h)
-    guess = said.sum(0) / (said != 0).sum(0).clamp(min=1) / seen.update.num_examples  # over images that pass a neuron
+    said = slopes(model, layer, public).double()  # (64, classes, h)
+    guess = said.sum(0) / (said != 0).sum(0).clamp(min=1) / n  # over images that pass a neuron
     large = delta.abs() > 0.25 * delta.abs().amax(1, keepdim=True)
     return explain(delta * large, guess * large[:, None])
 

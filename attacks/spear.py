@@ -21,6 +21,7 @@ from attacks.linear import (
     has_relu,
     head_scale,
     layer_gradient,
+    public_inputs,
     require_pixel_layer,
     slopes,
     to_image,
@@ -114,7 +115,7 @@ class Spear(Attack):
             length = torch.linalg.lstsq(slope, bias[:, None]).solution.squeeze(1)
             x, slope = x / length[:, None], slope * length
         else:
-            scale, _ = head_scale(seen, layer, gradient, x)
+            scale, _ = head_scale(seen.model, layer, gradient, x, public_inputs(seen), n)
             for _ in range(ROUNDS):
                 x, slope = x * scale[:, None], slope / scale
                 scale, _ = explain(slope.T, said())

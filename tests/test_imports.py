@@ -11,6 +11,7 @@ ROOMS = ("attacks", "data", "defenses", "federated", "models", "utils")
 LIBRARIES = {
     "attacks.base",
     "attacks.common",
+    "attacks.features",
     "attacks.labels",
     "attacks.linear",
 }  # of the attacks' room, no attack themselves

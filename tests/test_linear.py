@@ -218,10 +218,29 @@ def test_a_flat_image_does_not_spoil_the_unmixing() -> None:
     assert correlation(others, sources) > 0.85
 
 
-@pytest.mark.parametrize("name", ["analytic", "trap", "cpa", "spear"])
+@pytest.mark.parametrize("name", ["analytic", "trap", "spear"])
 def test_refuses_a_network_that_does_not_begin_with_a_linear_layer(name: str) -> None:
     with pytest.raises(UsageError, match="first layer") as refusal:
         REGISTRY[name]().check(network("cnn"), TASK, Recipe(8), "gradient", 8)
+    assert "\n" not in str(refusal.value)
+
+
+def test_cpa_behind_convolutions_finds_images_that_have_the_embeddings() -> None:
+    """Four images of an untrained cnn, well above what their mean would score."""
+    attack, truth = REGISTRY["cpa"](fi_iterations=100), victims(4, seed=0)
+    rec = rebuild(attack, observe(attack, network("cnn"), truth))
+    mean = PUBLIC.images.mean(0)
+    baseline = torch.tensor([psnr(x, mean) for x in truth.images])
+    assert (scores(truth.images, rec.images) - baseline).mean() > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"), [("convnet64", {}, "before the head"), ("cnn", {"activation": "tanh"}, "ReLU")]
+)
+def test_cpa_refuses_what_has_no_embedding(name: str, options: dict[str, str], says: str) -> None:
+    model = build(name, TASK.image_shape, TASK.num_classes, **options)
+    with pytest.raises(UsageError, match=says) as refusal:
+        REGISTRY["cpa"]().check(model, TASK, Recipe(8), "gradient", 8)
     assert "\n" not in str(refusal.value)
 
 
