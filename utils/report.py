@@ -117,21 +117,42 @@ def write_comparison(folder: Path, points: Sequence[Mapping[str, str]], summarie
 
 
 def _plot(path: Path, points: Sequence[Mapping[str, str]], summaries: Sequence[Summary]) -> None:
-    """PSNR over the first swept flag, one line for each combination of the others, the mean image dashed."""
+    """The score over the first swept flag, one line for each combination of the others; below it the training loss.
+
+    The score is PSNR, with the mean image dashed, or, of an attack that knows its ceiling, the share of images it
+    recovers, with that ceiling dashed.
+    """
     plt = _pyplot()
     axis, *others = list(points[0])
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    lines: dict[str, list[tuple[str, float, float]]] = {}
+    all_or_nothing = all("ceiling" in s for s in summaries)
+    trained = any(s.get("training_loss") is not None for s in summaries) and len({p[axis] for p in points}) > 1
+    panels = 2 if all_or_nothing and trained else 1
+    fig, axes = plt.subplots(
+        panels, 1, figsize=(6 if panels == 1 else 9, 4 * panels), squeeze=False, sharex=True, layout="constrained"
+    )
+    lines: dict[str, list[tuple[str, Summary]]] = {}
     for point, s in zip(points, summaries, strict=True):
         name = ", ".join(f"{key} {point[key]}" for key in others) or s["attack"]
-        lines.setdefault(name, []).append((point[axis], s["psnr"]["mean"], s["psnr"]["std"]))
+        lines.setdefault(name, []).append((point[axis], s))
+    ax = axes[0, 0]
     for name, values in lines.items():
-        x, y, error = zip(*values, strict=True)
-        ax.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
-    baseline = sum(s["baseline_psnr"] for s in summaries) / len(summaries)
-    ax.axhline(baseline, color="grey", linestyle="--", label="mean public image")
-    ax.set(xlabel=axis, ylabel="PSNR (dB)", title=f"{summaries[0]['attack']} on {summaries[0]['dataset']}")
-    ax.legend()
+        x = [value for value, _ in values]
+        if all_or_nothing:
+            ax.plot(x, [s["success_rate"] for _, s in values], marker="o", label=name)
+        else:
+            y, error = ([s["psnr"][key] for _, s in values] for key in ("mean", "std"))
+            ax.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
+        if panels == 2:  # a loss that is not finite leaves a gap
+            losses = [math.nan if s["training_loss"] is None else s["training_loss"] for _, s in values]
+            axes[1, 0].plot(x, losses, marker="o", label=name)
+    key, what = ("ceiling", "images told apart") if all_or_nothing else ("baseline_psnr", "mean public image")
+    ax.axhline(sum(s[key] for s in summaries) / len(summaries), color="grey", linestyle="--", label=what)
+    score = "share of images recovered" if all_or_nothing else "PSNR (dB)"
+    ax.set(ylabel=score, title=f"{summaries[0]['attack']} on {summaries[0]['dataset']}")
+    if panels == 2:
+        axes[1, 0].set(ylabel="training loss (no point: not finite)")
+    axes[-1, 0].set(xlabel=axis)
+    ax.legend(**({"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7} if panels == 2 else {}))
     _save(fig, path)
 
 

@@ -1,11 +1,15 @@
 #!/bin/sh
-# Robbing the Fed after 8 and 40 local steps, over scale (threshold drift per step; 0 is the published one) and decoder.
+# Robbing the Fed after 8 and 40 local steps: as published, with its bins and with calibrated ones; then over scale
+# (threshold drift per step; 0 is the published one), connection and decoder. Each ends with a table and a plot.
 # sh experiments/fed/rtf_scale.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
 DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
-exec "$PYTHON" "$ROOT/main_fed.py" rtf --dataset "$DATASET" --base-datadir "$BASE_DATADIR" --model cnn \
-    --client-images 64 --batch-size 8 --clients 3 --rounds 1 --trials 3 \
-    --sweep drift=0,1e-7,1e-6,1e-5,1e-4,1e-3 local-epochs=1,5 connection=addition,linear decoder=rows,bias "$@"
+set -- --dataset "$DATASET" --base-datadir "$BASE_DATADIR" --model cnn --client-images 64 --batch-size 8 --clients 3 \
+    --rounds 1 --trials 3 "$@"
+"$PYTHON" "$ROOT/main_fed.py" rtf "$@" --drift 0 --connection linear \
+    --sweep quantiles=official,smooth local-epochs=1,5 decoder=bias,rows || exit
+exec "$PYTHON" "$ROOT/main_fed.py" rtf "$@" \
+    --sweep drift=0,1e-7,1e-6,1e-5,1e-4,1e-3 local-epochs=1,5 connection=addition,linear decoder=rows,bias
