@@ -142,4 +142,4 @@ class Reconstruction:
     iterations: int = 0
     restarts: int = 0
     status: Literal["ok", "diverged"] = "ok"
-    sources: Tensor | None = None  # (M, C, H, W)
+    sources: Tensor | None = None  # (M, C, H, W), in the units of the model's input

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federated.wire import Batch, Reconstruction
+from federated.wire import Batch, Reconstruction, Task
 
 SUCCESS_PSNR = 20.0  # dB; recognisable at 32x32
 PSNR_CAP = 100.0  # dB; an exact copy would be infinite
@@ -127,9 +127,9 @@ def match(truth: Tensor, images: Tensor) -> list[int | None]:
     return pairs
 
 
-def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], list[float]]:
-    """For each truth (N, C, H, W): |corr| with its source (M, C, H, W), one to one, and the PSNR in dB of that source
-    under the scale, sign and offset that suit it best. Oracle scores: truth has chosen all three. 0 without a partner.
+def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], Tensor]:
+    """For each truth (N, C, H, W): |corr| with its source (M, C, H, W), one to one, and that source under the scale,
+    sign and offset that suit it best. Oracles: truth has chosen all three. 0 and a flat image without a partner.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -137,10 +137,11 @@ def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], list[floa
     norms = a.norm(dim=1)[:, None] * b.norm(dim=1)
     alike = ((a @ b.T).abs() / norms.clamp(min=1e-300)).nan_to_num().clamp(max=1)  # (N, M)
     corr = [0.0] * len(a)
+    fitted = truth.double().mean((1, 2, 3), keepdim=True).expand_as(truth).clone()
     for i, j in zip(*linear_sum_assignment(-alike.numpy()), strict=True):
         corr[i] = alike[i, j].item()
-    rest = [v * (1 - c**2) for v, c in zip(a.square().mean(1).tolist(), corr, strict=True)]
-    return corr, [PSNR_CAP if e <= 10 ** (-PSNR_CAP / 10) else -10 * math.log10(e) for e in rest]
+        fitted[i] += ((a[i] @ b[j]) / b[j].square().sum().clamp(min=1e-300) * b[j]).view_as(fitted[i])
+    return corr, fitted
 
 
 class Evaluator:
@@ -155,7 +156,9 @@ class Evaluator:
         mean_image: Tensor,
         class_mean: Callable[[int], Tensor | None],
         lpips: Callable[[Tensor, Tensor], float | None],
+        task: Task | None = None,
     ) -> None:
+        self.task = task  # in whose model units sources are, if not in pixels
         self.mean_image = mean_image  # (C, H, W)
         self.class_mean = class_mean  # None for a class without public images, which is worth no more than no label
         self.lpips = lpips
@@ -188,8 +191,10 @@ class Evaluator:
             }
             rows.append(row)
         if rec.sources is not None:
-            for row, corr, affine in zip(rows, *correlations(truth.images, rec.sources), strict=True):
-                row |= {"oracle_corr": corr, "oracle_affine_psnr": affine}
+            there, back = (self.task.to_model, self.task.to_pixels) if self.task else (torch.nn.Identity(),) * 2
+            corr, fitted = correlations(there(truth.images.double()), rec.sources)
+            for row, c, x, best in zip(rows, corr, truth.images, back(fitted), strict=True):
+                row |= {"oracle_corr": c, "oracle_affine_psnr": psnr(x, best)}
         return rows, torch.stack(shown)
 
     def control(self, unrelated: Tensor, rec: Reconstruction) -> float:

@@ -228,7 +228,7 @@ def execute(scene: Scene, observations: Observations) -> dict[str, Any]:
 
 
 def _attack_and_score(scene: Scene, observations: Observations, store: Store) -> dict[str, Any]:
-    evaluator = Evaluator(scene.public.images.mean(0), scene.class_mean, _lpips())
+    evaluator = Evaluator(scene.public.images.mean(0), scene.class_mean, _lpips(), scene.task)
     records = {t["trial"]: t for t in store.trials()}
     psnrs = [r["psnr"] for r in store.rows()]
     store.restart_log("rounds.jsonl")

@@ -7,4 +7,4 @@ DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 c
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 exec "$PYTHON" "$ROOT/main_fed.py" cpa --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
-    --model fc2 --client-images 32 --batch-size 8 --local-epochs 2 "$@"
+    --model fc2 --normalize dataset --client-images 32 --batch-size 8 --local-epochs 2 "$@"
