@@ -185,21 +185,22 @@ class Search:
             q = _unit(torch.cholesky_solve(q[:, :, None], cholesky).squeeze(2))
         q = torch.cat([drawn, q]) if descent else q
         vectors = self.white @ q.T  # (h, m)
-        worth = self.worth(vectors.T, slack=10)
-        order = worth.argsort(descending=True, stable=True)
-        order = order[_first(q[order], 1e-6)][: 4 * self.rank]
-        self.keep(torch.stack([self.polish(vectors[:, i]) for i in order]))
+        vectors = self.polish(vectors.T)
+        order = self.worth(vectors).argsort(descending=True, stable=True)
+        # a cut before copies are gone would leave copies of the easiest image only
+        self.keep(vectors[order[_first(vectors[order], 1e-5)][: 4 * self.rank]])
 
-    def polish(self, vector: Tensor) -> Tensor:
-        """The vector (h,) that is zero, as nearly as L's rounding allows, on all rows where this one nearly is."""
+    def polish(self, vectors: Tensor) -> Tensor:
+        """Vectors (m, h) that are zero, as nearly as L's rounding allows, on all rows where these nearly are."""
+        squares = (self.factor[:, :, None] * self.factor[:, None]).flatten(1)
         for slack in (10, 3):
-            rows = vector.abs() < slack * self.rounding(vector[:, None])
-            if rows.sum() < self.rank - 1:
-                break
-            _, vectors = torch.linalg.eigh(self.factor[rows].T @ self.factor[rows])
-            vector = self.factor @ vectors[:, 0]
-            vector = vector / vector.norm()
-        return vector
+            rows = vectors.abs() < slack * self.rounding(vectors.T)[:, None]
+            enough = rows.sum(1) >= self.rank - 1
+            moment = rows.double() @ squares
+            _, directions = torch.linalg.eigh(moment.view(-1, self.rank, self.rank))
+            better = _unit(directions[:, :, 0] @ self.factor.T)
+            vectors = torch.where(enough[:, None], better, vectors)
+        return vectors
 
     def keep(self, vectors: Tensor) -> None:
         """Merge vectors (m, h) with those found before."""
