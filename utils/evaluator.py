@@ -228,6 +228,19 @@ def succeeded(row: dict[str, Any]) -> bool:
     return row["match"] is not None and row["psnr"] >= SUCCESS_PSNR
 
 
+def over_class_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """PSNR minus that of the mean public image of the victim's class, in dB, paired by image: what the pixels gave
+    away beyond the label. Mean and its 95% interval by Student's t; None for fewer than two images."""
+    from scipy.special import stdtrit
+
+    gains = [r["psnr"] - r["class_baseline_psnr"] for r in rows]
+    if len(gains) < 2:
+        return None
+    mean = statistics.fmean(gains)
+    half = float(stdtrit(len(gains) - 1, 0.975)) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The numbers of summary.json from the rows of all images and the records of all trials."""
 
@@ -257,6 +270,7 @@ def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) 
         "success_rate": float(np.mean([succeeded(r) for r in rows])),
         "baseline_psnr": statistics.fmean(r["baseline_psnr"] for r in rows),
         "class_baseline_psnr": statistics.fmean(r["class_baseline_psnr"] for r in rows),
+        "over_class_mean": over_class_mean(rows),
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),

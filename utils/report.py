@@ -83,7 +83,17 @@ def one_run(summary: Summary) -> str:
     if "accuracy" in summary:
         title += f" | test accuracy {summary['accuracy']:.3f}"
     columns = columns_of([summary])
-    return title + "\n" + table(list(columns), [[show(summary) for show in columns.values()]])
+    text = title + "\n" + table(list(columns), [[show(summary) for show in columns.values()]])
+    gain = summary.get("over_class_mean")
+    return text if gain is None else f"{text}\n{verdict(gain)}"
+
+
+def verdict(gain: Mapping[str, float]) -> str:
+    """In words: whether more came out than the label alone is worth."""
+    figures = f"{gain['mean']:+.2f} dB over the mean image of its class, 95% [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+    if gain["low"] > 0:
+        return f"pixels leaked: {figures}"
+    return f"not shown to leak more than a label would: {figures}"
 
 
 def many_runs(points: Sequence[Mapping[str, str]], summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Generative Gradient Leakage (Li et al., 2022) on the weight updates of federated clients; its generator is fitted to public images.
+# sh experiments/fed/ggl.sh [flags]      all flags: --help
+
+BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
+DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
+
+ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
+exec "$PYTHON" "$ROOT/main_fed.py" ggl --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
+    --model cnn --trials 4 --local-epochs 5 --local-lr 0.01 "$@"
