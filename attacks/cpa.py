@@ -4,12 +4,13 @@
 
 ICA finds V. By default it looks at pixel differences of every row, which mix as the images do and are sparse and nearly
 uncorrelated, as ICA wants its sources; `--start adam` is the paper's optimiser. What ICA leaves open, sign, scale and
-label, the head decides: d_i is what the broadcast model says of x_i and its label. The same fact then closes the loop:
-images give d, and d and the gradient give the images, which often ends at the exact ones. No bias gradient is needed.
+label, the head decides: d_i is what the broadcast model says of x_i and its label. Images also say where ReLU leaves
+d_i empty, and as in SPEAR those zeros, once there are enough of them, name the exact d_i and with it the exact image.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,16 +19,11 @@ from torch import Tensor, nn
 
 from attacks.base import Attack, progress, register
 from attacks.features import Embedding, Tail, hidden_layer, invert_features
+from attacks.ica import GAUSS, differences, fast_ica, log_cosh, rotation, whitening
 from attacks.linear import explain, has_relu, head_scale, layer_gradient, pixel_layer, public_inputs, slopes, to_image
+from attacks.sparsity import Search, measure
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
-
-GAUSS = 0.3746  # E log cosh of a standard normal variable
-
-
-def log_cosh(s: Tensor) -> Tensor:
-    """log cosh s, which overflows as written for |s| > 88."""
-    return s.abs() + F.softplus(-2 * s.abs()) - math.log(2)
 
 
 @register("cpa")
@@ -54,7 +50,7 @@ class CocktailParty(Attack):
     sharpness: float = hp(12.4, "Adam: T, of mutual independence", above=0, source="authors' README, FC2")
     nonneg: float = hp(0.13, "Adam, embeddings: weight of the smaller of both signs", least=0, source="authors' README")
     l1: float = hp(5.0, "Adam, embeddings: weight of |s|", least=0, source="authors' README, VGG16")
-    refine: int = hp(8, "rounds of images from d, d from images", least=0, paper=0)
+    refine: int = hp(8, "rounds of images from d, d from images, after the zeros of d; 0: neither", least=0, paper=0)
     fi_iterations: int = hp(300, "of feature inversion, behind convolutions", least=1, paper=25000)
     fi_lr: float = hp(0.1, "Adam's, of feature inversion", above=0, source="authors' README")
     fi_tv: float = hp(1.0, "feature inversion: total variation's share of the matching slope", least=0)
@@ -81,7 +77,7 @@ class CocktailParty(Attack):
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         layer, n, task = hidden_layer(seen.model), seen.update.num_examples, seen.task
         assert layer is not None, "a model without a hidden layer"
-        gradient, _ = layer_gradient(seen, layer)  # (h, d)
+        gradient, bias = layer_gradient(seen, layer)  # (h, d), (h,)
         pictures = pixel_layer(seen.model, task) is layer
         model, public, whiter = seen.model, public_inputs(seen), None
         if not pictures:
@@ -89,7 +85,6 @@ class CocktailParty(Attack):
             layer, public = model.layer, embedding(public).detach()
             if self.start == "differences":
                 whiter = Whitening(torch.cat([embedding(x).detach() for x in public_inputs(seen, 1024).split(128)]))
-        sources, trace = self.unmix(gradient, n, task if pictures else None, rng, whiter)
 
         def inputs(rows: Tensor) -> Tensor:
             """Sources in their units (r, d) -> what the model behind them takes."""
@@ -97,11 +92,20 @@ class CocktailParty(Attack):
                 return task.to_model(to_image(rows, task).clamp(0, 1).to(public))
             return rows.clamp(min=0).to(public)
 
-        scale, labels = head_scale(model, layer, gradient, sources, public, n)
-        if not pictures:  # an embedding is not negative, which says more of its sign than the head does
-            sign = (sources.relu().norm(dim=1) - (-sources).relu().norm(dim=1)).sign()
-            scale = scale.abs() * sign
-        x, labels = self.consistent(model, layer, gradient, scale[:, None] * sources, labels, inputs, n)
+        search, better = Search(layer, gradient, n, public.flatten(1)), []
+        if self.refine and self.start in ("differences", "pixels") and has_relu(model):
+            see = self.see(task if pictures else None, whiter)
+            known = search.follow(see, rng)
+            search.settle(lambda chosen: measure(model, search, chosen, inputs, public, n, bias)[:2])
+            better = [search.sources(known, see, rng)] if 0 < len(known) < search.rank else []
+        if search.doubt <= 0.002:
+            x, labels = search.best
+            sources, trace = x, (search.doubt,)
+        else:
+            sources, trace = self.unmix(gradient, n, task if pictures else None, rng, whiter)
+            starts = [sources, *better]
+            ends = [self.consistent(model, layer, gradient, start, inputs, public, n) for start in starts]
+            sources, (x, labels, _) = min(zip(starts, ends, strict=True), key=lambda run: run[1][2])
         granted = seen.granted.get("labels")
         if granted is not None:
             labels = granted[: len(x)]
@@ -124,40 +128,48 @@ class CocktailParty(Attack):
 
         Without a task they are embeddings, whose entries have no neighbours: `whiter` then does what differences do.
         """
-        view = gradient
-        if self.start == "differences":
-            view = _differences(gradient, task) if whiter is None else whiter(gradient)
-        if self.start in ("adam", "pixels"):
-            view = view - view.mean(1, keepdim=True)
-        values, vectors = torch.linalg.eigh(view @ view.T / view.shape[1])
-        kept = [i for i in range(len(values) - 1, -1, -1)[:n] if values[i] > self.cut * values[-1]]
-        whiten = vectors[:, kept].T / values[kept, None].sqrt()  # W_w, (r, h)
+        view = self.see(task, whiter)(gradient)
+        whiten = whitening(view, n, self.cut)
         white = whiten @ view
         if self.start == "random":
-            return _rotation(len(kept), rng, white) @ whiten @ gradient, ()
+            return rotation(len(white), rng, white) @ whiten @ gradient, ()
         if self.start == "adam":
             unmixing, trace = self.adam(white, whiten @ gradient, task)
             return unmixing @ whiten @ gradient, trace
-        runs = [self.fast_ica(white, rng) for _ in range(self.restarts)]
+        runs = [fast_ica(white, rng, self.iterations) for _ in range(self.restarts)]
         unmixing, trace = max(runs, key=lambda run: -run[1][-1])
         return unmixing @ whiten @ gradient, trace
+
+    def see(self, task: Task | None, whiter: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+        """What ICA is to look at of rows (h, d)."""
+        if self.start == "differences":
+            return whiter if task is None else partial(differences, task=task)
+        if self.start == "random":
+            return lambda rows: rows
+        return lambda rows: rows - rows.mean(1, keepdim=True)
 
     def consistent(
         self,
         model: nn.Module,
         layer: nn.Linear,
         gradient: Tensor,
-        x: Tensor,
-        labels: Tensor,
+        sources: Tensor,
         inputs: Callable[[Tensor], Tensor],
+        public: Tensor,
         n: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Images (r, d) in model units and labels, after rounds of d = d(x, y) and x = argmin |dL/dW - (1/n) d^T x|.
+    ) -> tuple[Tensor, Tensor, float]:
+        """Images (r, d) in model units, labels, and the share of the gradient they leave unexplained.
 
-        A neuron whose ReLU is guessed wrong spoils its row only, so rows are weighted down by their residual. The
-        round that explains the gradient best is kept, if it explains more than half of it.
+        Sources take sign, scale and label from the head; then come rounds of d = d(x, y) and
+        x = argmin |dL/dW - (1/n) d^T x|. A neuron whose ReLU is guessed wrong spoils its row only, so rows are weighted
+        down by their residual. The round that explains the gradient best is kept, if it explains more than half of it.
         """
-        best, least, previous = (x, labels), 0.4, math.inf
+        scale, labels = head_scale(model, layer, gradient, sources, public, n)
+        if public.dim() == 2:  # an embedding is not negative, which says more of its sign than the head does
+            sign = (sources.relu().norm(dim=1) - (-sources).relu().norm(dim=1)).sign()
+            scale = scale.abs() * sign
+        x = scale[:, None] * sources
+        best, least, previous = (x, labels, 1.0), 0.4, math.inf
         size = gradient.norm(dim=1).median()
         for number in range(self.refine):
             said = slopes(model, layer, inputs(x)).double() / n
@@ -171,28 +183,12 @@ class CocktailParty(Attack):
                 weight = (residual + 1e-3 * residual.median() + 1e-30).rsqrt()
             share = (residual.median() / size).item()
             if share < least:
-                best, least = (x, labels), share
+                best, least = (x, labels, share), share
             # where it leads nowhere it shows early, and where it leads to the exact images it leads there fast
             if not 1e-5 < share < (0.97 * previous if number > 2 else math.inf):
                 break
             previous = share
         return best
-
-    def fast_ica(self, white: Tensor, rng: torch.Generator) -> tuple[Tensor, tuple[float, ...]]:
-        """Symmetric FastICA (Hyvarinen, 1999), tanh: V (r, r), and the negative sum of negentropies."""
-        unmixing = _rotation(len(white), rng, white)
-        trace = []
-        for iteration in range(self.iterations):
-            sources = unmixing @ white
-            trace.append(-(log_cosh(sources).mean(1) - GAUSS).square().sum().item())
-            g = sources.tanh()
-            step = g @ white.T / white.shape[1] - (1 - g.square()).mean(1, keepdim=True) * unmixing
-            u, _, v = torch.linalg.svd(step)
-            previous, unmixing = unmixing, u @ v
-            if (1 - (unmixing * previous).sum(1).abs()).max() < 1e-7:
-                break
-            progress(iteration, self.iterations, trace[-1])
-        return unmixing, tuple(trace)
 
     def adam(self, white: Tensor, whole: Tensor, task: Task | None) -> tuple[Tensor, tuple[float, ...]]:
         """The paper's objective by Adam: -negentropy + mi * mutual independence + tv * total variation."""
@@ -235,13 +231,3 @@ class Whitening:
     def __call__(self, rows: Tensor) -> Tensor:
         rows = rows - (rows @ self.mean)[:, None] * self.mean
         return rows + (rows @ self.directions.T * (self.gains - 1)) @ self.directions
-
-
-def _differences(rows: Tensor, task: Task) -> Tensor:
-    """Horizontal and vertical pixel differences of every row (h, d), side by side."""
-    pictures = rows.view(-1, *task.image_shape)
-    return torch.cat([pictures.diff(dim=3).flatten(1), pictures.diff(dim=2).flatten(1)], 1)
-
-
-def _rotation(size: int, rng: torch.Generator, like: Tensor) -> Tensor:
-    return torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))[0].to(like)

@@ -12,8 +12,10 @@ LIBRARIES = {
     "attacks.base",
     "attacks.common",
     "attacks.features",
+    "attacks.ica",
     "attacks.labels",
     "attacks.linear",
+    "attacks.sparsity",
 }  # of the attacks' room, no attack themselves
 
 ALLOWED = {

@@ -61,13 +61,24 @@ def test_every_image_of_a_small_batch_is_exact(n: int, normalize: str) -> None:
         assert sorted(rec.labels.tolist()) == sorted(truth.labels.tolist())
 
 
+@pytest.mark.parametrize(
+    ("n", "normalize"), [(8, "none"), (12, "none"), (16, "none"), (16, "dataset"), (32, "dataset")]
+)
+def test_larger_batches_without_a_single_draw(n: int, normalize: str) -> None:
+    for seed in range(3):
+        photos, truth, public = victims(n, seed, normalize)
+        rec = rebuild(observe(photos, network(photos, seed), truth, public))
+        assert all(exact(truth, rec))
+        assert rec.iterations == 0
+
+
 @pytest.mark.parametrize("n", [8, 12])
-def test_larger_batches(n: int) -> None:
+def test_draws_alone(n: int) -> None:
     """At least two of three; each image shares its pattern of zeros with none other."""
     whole = 0
     for seed in range(3):
         photos, truth, public = victims(n, seed, "dataset")
-        whole += all(exact(truth, rebuild(observe(photos, network(photos, seed), truth, public))))
+        whole += all(exact(truth, rebuild(observe(photos, network(photos, seed), truth, public), start="draws")))
     assert whole >= 2
 
 
@@ -102,7 +113,7 @@ def test_one_image_twice_is_found_once() -> None:
 
 def test_a_batch_beyond_its_budget_counts_as_diverged() -> None:
     photos, truth, public = victims(24, 0, "dataset")
-    rec = rebuild(observe(photos, network(photos, 0), truth, public), subsets=512)
+    rec = rebuild(observe(photos, network(photos, 0), truth, public), start="draws", subsets=512)
     assert rec.status == "diverged"
     assert len(rec.images) == 24
     assert rec.iterations == 512
@@ -111,8 +122,8 @@ def test_a_batch_beyond_its_budget_counts_as_diverged() -> None:
 def test_the_descent_does_the_work_of_many_draws() -> None:
     photos, truth, public = victims(12, 2, "dataset")
     seen = observe(photos, network(photos, 2), truth, public)
-    assert rebuild(seen, subsets=2048).status == "ok"
-    assert rebuild(seen, subsets=2048, descent=0).status == "diverged"
+    assert rebuild(seen, start="draws", subsets=2048).status == "ok"
+    assert rebuild(seen, start="draws", subsets=2048, descent=0).status == "diverged"
 
 
 @pytest.mark.parametrize(
