@@ -8,8 +8,8 @@ its shell files.
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from utils.cli import settings
 REGISTRY: dict[str, type["Attack"]] = {}
 
 A = TypeVar("A", bound="type[Attack]")
+R = TypeVar("R")
 
 
 class Attack(ABC):
@@ -100,3 +101,51 @@ class Progress:
 
 
 progress = Progress()
+
+
+class Checkpoint:
+    """Where a long attack puts its state down now and then, and takes it up again after a kill.
+
+    Whoever runs the attack keeps the states; with no keeper nothing is saved, and nothing is ever restored. An attack
+    is a sequence of stretches, each from a random stream to a dataclass: those that have ended are remembered by what
+    they returned, the one under way by what it last saved. States are tensors, numbers, strings, and lists, tuples
+    and dictionaries of them.
+    """
+
+    def __init__(self) -> None:
+        self.attend(None, lambda: False, lambda state: None)
+
+    def attend(
+        self, saved: Mapping[str, Any] | None, due: Callable[[], bool], keep: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """For the attack about to start: the state it was last left in, whether it is time to save, and where to."""
+        self._ended: list[tuple[dict[str, Any], Tensor]] = list(saved["ended"]) if saved else []
+        self._open: tuple[dict[str, Any], Tensor] | None = saved["open"] if saved else None
+        self._number, self.due, self._keep = 0, due, keep
+
+    def stretch(self, kind: type[R], rng: torch.Generator, work: Callable[[], R]) -> R:
+        """`work()`, a dataclass of type `kind`, or what it returned before the kill; `rng` moves on all the same."""
+        self._number += 1
+        if self._number <= len(self._ended):
+            fields, stream = self._ended[self._number - 1]
+            rng.set_state(stream)
+            return kind(**fields)
+        result = work()
+        self._ended.append((dict(vars(result)), rng.get_state()))
+        self._open = None
+        return result
+
+    def resume(self, rng: torch.Generator) -> dict[str, Any] | None:
+        """What the stretch under way last saved before the kill, with `rng` as it was then; None from the start."""
+        if self._open is None:
+            return None
+        (state, stream), self._open = self._open, None
+        rng.set_state(stream)
+        return state
+
+    def save(self, rng: torch.Generator, state: dict[str, Any]) -> None:
+        """A place to go on from. Call it when `due()`, between two steps of a stretch."""
+        self._keep({"ended": self._ended, "open": (state, rng.get_state())})
+
+
+checkpoint = Checkpoint()

@@ -7,14 +7,14 @@ them until that equals what the wire did carry.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from attacks.base import Attack, expect_update, progress
+from attacks.base import Attack, checkpoint, expect_update, progress
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from models.meta import MetaModel
 from utils.cli import hp, settings
@@ -118,6 +118,13 @@ def total_variation(x: Tensor) -> Tensor:
     return (x[..., :, 1:] - x[..., :, :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
 
 
+@torch.no_grad()
+def put(variables: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Values into variables, in place."""
+    for v, value in zip(variables, values, strict=True):
+        v.copy_(value)
+
+
 @dataclass(frozen=True)
 class Descent:
     """One run of the optimiser, at the lowest objective it saw."""
@@ -184,7 +191,8 @@ class LbfgsInversion(Attack):
         runs: list[Descent] = []
         while len(runs) < self.restarts and (not runs or runs[-1].stalled):
             first = logits(len(runs)) if logits is not None else None
-            runs.append(self._descend(match, rng, labels, first, len(runs)))
+            descend = partial(self._descend, match, rng, labels, first, len(runs))
+            runs.append(checkpoint.stretch(Descent, rng, descend))
         best = min(runs, key=lambda run: run.loss)
         return Reconstruction(
             images=best.pixels,
@@ -223,11 +231,12 @@ class LbfgsInversion(Attack):
         trace: list[float] = []
         done = 0
         stages = [0.0] if match.count == 1 or not self.tv else [self.tv, self.tv / 10, self.tv / 100]
+        saved = checkpoint.resume(rng)
         for number, stage in enumerate(stages):
-            weight, best = stage * match.scale, math.inf
-            with torch.no_grad():
-                for v, value in zip(variables, kept, strict=True):
-                    v.copy_(value)
+            if saved is not None and number < saved["number"]:
+                continue
+            weight, best, before = stage * match.scale, math.inf, math.inf
+            put(variables, kept)
             optimizer = torch.optim.LBFGS(
                 variables,
                 lr=self.lr,
@@ -237,8 +246,12 @@ class LbfgsInversion(Attack):
                 tolerance_grad=0,
                 tolerance_change=0,
             )
+            if saved is not None:
+                put(variables, saved["variables"])
+                optimizer.load_state_dict(saved["optimizer"])
+                best, before, kept, trace, done = (saved[k] for k in ("best", "before", "kept", "trace", "done"))
+                reached[0], saved = saved["reached"], None
             end = self.iterations * (number + 1) // len(stages)
-            before = math.inf
             while done < end:
                 optimizer.param_groups[0]["max_iter"] = min(CHUNK, end - done)
                 started = optimizer.step(closure).item()
@@ -251,6 +264,10 @@ class LbfgsInversion(Attack):
                 before = best
                 if not math.isfinite(started) or hopeless or rested:
                     break
+                if checkpoint.due():
+                    state = {"number": number, "variables": [v.detach() for v in variables], "kept": kept}
+                    state |= {"optimizer": optimizer.state_dict(), "best": best, "before": before}
+                    checkpoint.save(rng, state | {"reached": reached[0], "trace": trace, "done": done})
             if not reached[0] <= self.stall and 0 < self.patience <= done:
                 break
         return Descent(
@@ -299,7 +316,10 @@ class SignedInversion(Attack):
         `cost(pixels, labels, *extra)` is the objective without the prior; pixels are (copies * N, C, H, W), and `extra`
         maps the start of each further variable, kept in [0, 1], to its step.
         """
-        runs = [self._run(match, labels.repeat(copies), rng, cost, extra, run) for run in range(self.restarts)]
+        runs = [
+            checkpoint.stretch(Descent, rng, partial(self._run, match, labels.repeat(copies), rng, cost, extra, run))
+            for run in range(self.restarts)
+        ]
         return min(runs, key=lambda run: run.loss), sum(run.iterations for run in runs)
 
     def answer(self, best: Descent, iterations: int, images: Tensor | None = None) -> Reconstruction:
@@ -332,12 +352,20 @@ class SignedInversion(Attack):
         optimizer = torch.optim.Adam([{"params": [v], "lr": lr} for v, lr in zip((x, *more), steps, strict=True)])
         best, kept, waited = math.inf, x.detach().clone(), 0
         trace: list[float] = []
+        saved = checkpoint.resume(rng)
         ends = [round(self.iterations * share) for share in (3 / 8, 5 / 8, 7 / 8, 1)]
         for stage, length in enumerate(b - a for a, b in zip([0, *ends], ends, strict=False)):
-            waited = 0
+            if saved is not None and stage < saved["stage"]:
+                continue
+            waited, first = 0, 0
+            if saved is not None:
+                put([x, *more], saved["variables"])
+                optimizer.load_state_dict(saved["optimizer"])
+                first, waited, best, kept, trace = (saved[k] for k in ("step", "waited", "best", "kept", "trace"))
+                saved = None
             for group, lr in zip(optimizer.param_groups, steps, strict=True):
                 group["lr"] = lr * 0.1**stage
-            for _ in range(length):
+            for step in range(first, length):
                 loss = cost(task.to_pixels(x), labels, *more)
                 slope, *slopes = torch.autograd.grad(loss, [x, *more])
                 trace.append(loss.item())
@@ -354,6 +382,10 @@ class SignedInversion(Attack):
                     for v in more:
                         v.clamp_(0, 1)
                 progress(run * self.iterations + len(trace), self.restarts * self.iterations, trace[-1])
+                if checkpoint.due():
+                    state = {"stage": stage, "step": step + 1, "variables": [v.detach() for v in (x, *more)]}
+                    state |= {"optimizer": optimizer.state_dict(), "waited": waited, "best": best}
+                    checkpoint.save(rng, state | {"kept": kept, "trace": trace})
         return Descent(
             pixels=task.to_pixels(kept).clamp(0, 1),
             labels=labels,

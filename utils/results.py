@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+SAVE_EVERY = 20.0  # seconds of a trial that a kill may cost
 
 
 def digest(facts: Mapping[str, Any]) -> str:
@@ -38,7 +41,7 @@ class Store:
     """The folder of one run. Raises OSError where it cannot be made, BlockingIOError while another run writes it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.save_every = folder, SAVE_EVERY
 
     @property
     def done(self) -> bool:
@@ -90,6 +93,11 @@ class Store:
         os.replace(part.with_suffix(".tmp"), part)
         _append(self.folder / "rows.jsonl", rows)
         _append(self.folder / "trials.jsonl", [record])
+        self.under_way(record["trial"]).path.unlink(missing_ok=True)
+
+    def under_way(self, trial: int) -> "Saved":
+        """Where a trial that has not finished keeps its state."""
+        return Saved(self._part(trial).with_suffix(".state"), self.save_every)
 
     def restart_log(self, name: str) -> None:
         """Forget the lines of a log that a resumed run writes again from the start."""
@@ -130,6 +138,32 @@ class Store:
         finished = {t["trial"] for t in trials}
         _rewrite(self.folder / "trials.jsonl", trials)
         _rewrite(self.folder / "rows.jsonl", [r for r in self.rows() if r["trial"] in finished])
+
+
+class Saved:
+    """The state of a trial under way, in a file: tensors, numbers, strings, and lists and dictionaries of them."""
+
+    def __init__(self, path: Path, every: float) -> None:
+        """`every`: seconds between two savings."""
+        self.path, self.every = path, every
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.every
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """What was saved last; None if nothing was, or not whole."""
+        try:
+            return torch.load(self.path, map_location=device, weights_only=True)
+        except Exception:  # whatever a damaged archive makes of itself: the trial starts anew
+            return None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
+        temporary = self.path.with_suffix(".half")
+        torch.save(dict(state), temporary)
+        os.replace(temporary, self.path)
+        self.last = time.monotonic()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import models
-from attacks.base import Attack, discover, progress
+from attacks.base import Attack, checkpoint, discover, progress
 from federated.server import accuracy, pretrain
 from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, Update, UsageError
 from utils import cli, report
@@ -198,6 +198,9 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
             print(f"{_shown(folder / 'table.md')}, table.csv, plot.png")
     except UsageError as problem:
         cli.fail(str(problem))
+    except OSError as problem:  # a full disk, a folder that went away
+        where = f" ({problem.filename})" if problem.filename else ""
+        cli.fail(f"{problem.strerror or problem}{where}; once that is mended the same command goes on")
     except BrokenProcessPool:
         print("error: a worker died (out of memory?); the same command goes on, --jobs 1 needs less", file=sys.stderr)
         raise SystemExit(1) from None
@@ -322,11 +325,17 @@ def _reconstructions(scene: Scene, victims: Iterator[Victim], listen: Listener) 
         return
     for victim in victims:
         progress.listener = functools.partial(listen, victim.trial)
-        yield victim, *_reconstruct(scene.attack, victim.seen, scene.seed, victim.trial)
+        yield victim, *_reconstruct(scene.attack, victim.seen, scene.seed, victim.trial, Store(_folder(scene)))
 
 
-def _reconstruct(attack: Attack, seen: Observation, seed: int, trial: int) -> tuple[Reconstruction, float]:
-    start = time.perf_counter()
+def _reconstruct(
+    attack: Attack, seen: Observation, seed: int, trial: int, store: Store
+) -> tuple[Reconstruction, float]:
+    """The attack from where it last saved its state, if it did; the seconds are those of all its parts."""
+    saved = store.under_way(trial)
+    state = saved.load(seen.update.tensors[0].device)
+    start = time.perf_counter() - (state["seconds"] if state else 0)
+    checkpoint.attend(state, saved.due, lambda state: saved.save({**state, "seconds": time.perf_counter() - start}))
     rec = attack.reconstruct(seen, stream(seed, "attack", trial))
     images = rec.images.detach().float().cpu()
     assert images.ndim == 4 and images.shape[1:] == seen.task.image_shape, f"{images.shape} for {seen.task.image_shape}"
@@ -344,7 +353,7 @@ def _in_workers(scene: Scene, victims: Iterator[Victim], listen: Listener) -> It
     news = context.Queue()
     # by file: a large argument would hold up each worker's start until the one before has come up
     common = tempfile.NamedTemporaryFile(suffix=".pickle")  # noqa: SIM115
-    pickle.dump((scene.attack, scene.public, scene.seed), common)
+    pickle.dump((scene.attack, scene.public, scene.seed, Store(_folder(scene))), common)
     common.flush()
     shared = (common.name, scene.run.threads, news)
     pending: dict[Future[bytes], Victim] = {}
@@ -372,7 +381,7 @@ def _in_workers(scene: Scene, victims: Iterator[Victim], listen: Listener) -> It
         common.close()
 
 
-_worker: tuple[Attack, Batch, int] | None = None
+_worker: tuple[Attack, Batch, int, Store] | None = None
 
 
 def _start_worker(common: str, threads: int, news: Any) -> None:
@@ -394,13 +403,13 @@ def _end_with_parent() -> None:
 
 def _work(packed: bytes, trial: int) -> bytes:
     assert _worker is not None
-    attack, public, seed = _worker
+    attack, public, seed, store = _worker
     if isinstance(progress.listener, _Courier):
         progress.listener.trial = trial
     seen: Observation = pickle.loads(packed)
     device = seen.update.tensors[0].device
     seen = dataclasses.replace(seen, public=Batch(*(t.to(device) for t in public)))
-    return pickle.dumps(_reconstruct(attack, seen, seed, trial))
+    return pickle.dumps(_reconstruct(attack, seen, seed, trial, store))
 
 
 def _packed(seen: Observation) -> bytes:
