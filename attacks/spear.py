@@ -10,6 +10,7 @@ The bias gradient gives the lengths, D s = dL/db, or else the head does. The res
 W x_i + b < 0 where d_i is empty.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ class Spear(Attack):
     start: Literal["images", "draws"] = hp(
         "images", "ICA's images lead, draws find what they left; or draws alone", paper="draws"
     )
-    subsets: int = hp(65536, "draws at the most; a batch not found by then counts as diverged", least=1)
+    subsets: int = hp(8192, "draws at the most; a batch not found by then counts as diverged", least=1)
     descent: int = hp(20, "steps that bring |L q|_1 down from a draw; 0: the draw itself has to hit", least=0, paper=0)
     lengths: Literal["auto", "bias", "head"] = hp(
         "auto", "of d_i: from the bias gradient, from the head, or from the bias if the layer has one"
@@ -62,8 +63,9 @@ class Spear(Attack):
         search = Search(layer, gradient, n, public.flatten(1))
         if not search.rank:
             return Reconstruction(seen.public.images[:0], seen.public.labels[:0], status="diverged")
+        see = partial(differences, task=seen.task)
         if self.start == "images":
-            search.follow(lambda rows: differences(rows, seen.task), rng)
+            search.follow(see, rng)
         trace, drawn, enough = [], 0, DOUBT[seen.update.kind]
         while True:
             search.settle(lambda chosen: self.images(seen, search, chosen, bias))
@@ -73,6 +75,8 @@ class Spear(Attack):
             count = min(CHUNK, self.subsets - drawn)
             drawn += count
             search.draw(count, self.descent, rng)
+            if self.start == "images":  # from another rotation, and beside what draws have found
+                search.follow(see, rng, rounds=1)
             progress(drawn, self.subsets, search.doubt)
         if search.best is None:
             return Reconstruction(
