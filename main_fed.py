@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from data.partition import partition
+from defenses.base import parse
 from federated.client import train
 from federated.server import aggregate, sample_clients
 from federated.wire import Batch, Recipe, UsageError
@@ -56,6 +57,7 @@ class FedScene(Scene):
             momentum=run.momentum,
             weight_decay=run.weight_decay,
             model_mode=run.model_mode,
+            defense=parse(run.defense),
         )
         self.attack.check(self.model, self.task, self.recipe, "delta", largest)
 

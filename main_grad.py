@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from defenses.base import parse
 from federated.client import gradient
 from federated.wire import Recipe, UsageError
 from utils.cli import Command, Grad
@@ -21,7 +22,7 @@ class GradScene(Scene):
                 f"{self.run.trials} trials with --batch-size {n} need {n * self.run.trials} private images, "
                 f"{self.run.dataset} has {there}: lower --batch-size or --trials"
             )
-        self.recipe = Recipe(batch_size=n, model_mode=self.run.model_mode)
+        self.recipe = Recipe(batch_size=n, model_mode=self.run.model_mode, defense=parse(self.run.defense))
         self.attack.check(self.model, self.task, self.recipe, "gradient", n)
         order = torch.randperm(there, generator=stream(self.seed, "data"))
         self.batches = order[: n * self.run.trials].split(n)

@@ -34,6 +34,7 @@ class Matching:
     whenever there is more than one step. A gradient on the wire is read as it is.
 
     An unrolled client takes the steps of `batches` if they are given, else those of the recipe without its shuffling.
+    What a defence does without drawing, such as clipping, the guess undergoes, unless a delta is read as a gradient.
     """
 
     def __init__(self, seen: Observation, reading: Reading = "auto", batches: Sequence[Tensor] | None = None) -> None:
@@ -43,6 +44,7 @@ class Matching:
         self.device = seen.update.tensors[0].device
         self.meta = MetaModel(seen.model, seen.recipe.model_mode)
         steps = seen.recipe.steps(self.count)
+        self.whole = seen.update.kind == "gradient"  # what a defence was applied to
         self.unrolled = seen.update.kind == "delta" and (reading == "unrolled" or (reading == "auto" and steps > 1))
         self.mean_gradient = self._average(seen)
         if self.unrolled:
@@ -65,12 +67,13 @@ class Matching:
 
         Labels are (N,) int64 or, to be differentiated, probabilities (N, num_classes).
         """
-        inputs = self.task.to_model(pixels)
+        inputs, recipe = self.task.to_model(pixels), self.recipe
+        defended = recipe.defense or tuple
         if not self.unrolled:
-            return self.meta.gradient(inputs, labels)
-        recipe = self.recipe
+            ours = self.meta.gradient(inputs, labels)
+            return defended(ours) if self.whole else ours
         delta = self.meta.sgd(inputs, labels, self.batches, recipe.lr, recipe.momentum, recipe.weight_decay)
-        return tuple(d / self.mass for d in delta)
+        return tuple(d / self.mass for d in defended(delta))
 
     def squared_distance(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """DLG's objective, sum over layers of ||g^ - g*||^2."""

@@ -12,21 +12,21 @@ from federated.wire import Batch, Recipe, Task, Update
 def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> Update:
     """One gradient of the mean cross-entropy over `batch`, as in FedSGD.
 
-    `rng` draws the dropout masks when the recipe orders train mode. `model` is left as it was.
+    `rng` draws the dropout masks when the recipe orders train mode, and a defence's noise. `model` is left as it was.
     """
     model = _private_copy(model, recipe)
     with torch.random.fork_rng():
         torch.manual_seed(_dropout_seed(rng))
         loss = F.cross_entropy(model(task.to_model(batch.images)), batch.labels)
     tensors = torch.autograd.grad(loss, list(model.parameters()))
-    return Update("gradient", tuple(t.detach() for t in tensors), len(batch.labels), _buffers(model))
+    return Update("gradient", _defended(tensors, recipe, rng), len(batch.labels), _buffers(model))
 
 
 def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> tuple[Update, float]:
     """A client's part of a FedAvg round: `recipe.steps` of SGD, then W_before - W_after.
 
-    `rng` shuffles the minibatches and draws the dropout masks. Returns the update and the mean training loss,
-    which stays with the experimenter and does not ride on the wire. `model` is left as it was.
+    `rng` shuffles the minibatches and draws the dropout masks and a defence's noise. Returns the update and the mean
+    training loss, which stays with the experimenter and does not ride on the wire. `model` is left as it was.
     """
     local = _private_copy(model, recipe)
     optimizer = torch.optim.SGD(
@@ -45,7 +45,12 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
             losses.append(loss.item())
     pairs = zip(model.parameters(), local.parameters(), strict=True)
     delta = tuple((before - after).detach() for before, after in pairs)
-    return Update("delta", delta, len(batch.labels), _buffers(local)), sum(losses) / len(losses)
+    return Update("delta", _defended(delta, recipe, rng), len(batch.labels), _buffers(local)), sum(losses) / len(losses)
+
+
+def _defended(tensors: tuple[torch.Tensor, ...], recipe: Recipe, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
+    sent = tensors if recipe.defense is None else recipe.defense(tensors, rng)
+    return tuple(t.detach() for t in sent)
 
 
 def _private_copy(model: nn.Module, recipe: Recipe) -> nn.Module:

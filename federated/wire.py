@@ -5,7 +5,7 @@ type in this file: an attack is handed an `Observation` and cannot name what it 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -59,7 +59,8 @@ class Recipe:
     """The local training the server orders from every client: SGD on minibatches. It never holds a label.
 
     `model_mode` says how BatchNorm and dropout behave while the client computes ("train" in real training,
-    "eval" in most of the gradient-inversion literature).
+    "eval" in most of the gradient-inversion literature). `defense` is what clients do to an update before they send it:
+    (tensors, rng) -> tensors, and without an rng the part of it that draws nothing.
     """
 
     batch_size: int
@@ -68,6 +69,7 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     model_mode: Literal["eval", "train"] = "eval"
+    defense: Callable[..., tuple[Tensor, ...]] | None = None
 
     def steps(self, num_examples: int) -> int:
         """T, the number of SGD steps a client with `num_examples` images takes."""

@@ -81,6 +81,7 @@ class Common:
     width: int | None = hp(None, "units of a hidden layer (mlp, fc2); default: the model's own", least=1)
     model_mode: Literal["eval", "train"] = hp("eval", "mode in which clients compute: BatchNorm statistics, dropout")
     weights: Path | None = hp(None, "start from these weights: safetensors, or a torch state dict")
+    defense: str = hp("none", "what clients do to an update before it leaves: clip=NORM, gauss=SIGMA, or A=X+B=Y")
     pretrain_epochs: int = hp(0, "first train the model on public data for so many epochs", least=0)
     trials: int = hp(10, "attacked updates", least=1)
     seed: int = hp(0, "of victims and model; the attack's own stream is (seed, trial)", least=0)
