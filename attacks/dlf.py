@@ -13,7 +13,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from attacks.base import register
@@ -65,6 +64,8 @@ class DLF(SignedInversion):
 
 def consensus(epochs: Tensor) -> Tensor:
     """(E, N, C, H, W) -> (N, C, H, W): each epoch's images assigned one to one to the first's, then the mean."""
+    from scipy.optimize import linear_sum_assignment
+
     first = epochs[0].flatten(1)
     aligned = []
     for images in epochs:

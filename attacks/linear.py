@@ -7,7 +7,6 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attacks.common import Matching
@@ -128,6 +127,8 @@ def divide_rows(seen: Observation, layer: nn.Linear) -> Reconstruction:
 
 def assign_granted(seen: Observation, labels: Tensor, cost: Tensor) -> Tensor:
     """`labels` (M,) or, if labels were granted, each of those to the image it costs least; cost (M, classes)."""
+    from scipy.optimize import linear_sum_assignment
+
     granted = seen.granted.get("labels")
     if granted is None:
         return labels

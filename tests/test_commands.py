@@ -137,3 +137,12 @@ def test_hyphens_and_underscores_are_one() -> None:
     (a,) = cli.parse(["dlg", "--batch_size", "2"], cli.Grad, discover(), "page")
     (b,) = cli.parse(["dlg", "--batch-size", "2"], cli.Grad, discover(), "page")
     assert a == b
+
+
+def test_help_waits_for_nothing_it_does_not_use() -> None:
+    """Libraries that take long to import and that only some runs need."""
+    heavy = ("torchvision", "matplotlib", "skimage", "lpips", "scipy", "ray")
+    told = f"import sys; sys.argv = ['main_grad.py', '--help']; exec(open({str(ROOT / 'main_grad.py')!r}).read())"
+    after = f"import atexit, sys; atexit.register(lambda: print([m for m in {heavy} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", f"{after}; {told}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done
