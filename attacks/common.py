@@ -9,18 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attacks.base import Attack, checkpoint, expect_update, progress
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from models.meta import MetaModel
+from models.winograd import has_bfloat16
 from utils.cli import hp, settings
 
 CHUNK = 20  # L-BFGS iterations between two looks at the objective: one step of the authors' loop
 TINY = 1e-30  # keeps 0 / 0 finite
+HALVED = 3  # stages of signed descents that may run in bfloat16
 
 Reading = Literal["auto", "average", "unrolled"]
 
@@ -84,6 +87,12 @@ class Matching:
         """Inverting Gradients' objective, 1 - <g^, g*> / (||g^|| ||g*||) over all layers as one vector."""
         return cosine_distance(self.simulate(pixels, labels), self.target)
 
+    def hasten(self, count: int) -> None:
+        """From here on the float32 convolutions of `count` images are computed with fewer products, where that pays."""
+        if self.target[0].dtype == torch.float32:
+            self.meta.hasten(self.task.to_model(self.target[0].new_zeros(count, *self.task.image_shape)))
+            self.target = self.meta.laid_out(self.target)
+
     @cached_property
     def scale(self) -> float:
         """||g*||^2, the objective of a guess that moves nothing: what losses are relative to."""
@@ -91,12 +100,28 @@ class Matching:
 
 
 def cosine_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-    """1 - cosine of the angle between two gradients, each all its layers as one vector."""
+    """1 - cosine of the angle between two gradients, each all its layers as one vector; constant in the second."""
+    size = torch.stack([t.square().sum() for t in theirs]).sum()
+    along, square = _Inner.apply(tuple(theirs), *ours)
+    return 1 - along / (square * size).sqrt().clamp(min=TINY)
 
-    def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
 
-    return 1 - inner(ours, theirs) / (inner(ours, ours) * inner(theirs, theirs)).sqrt().clamp(min=TINY)
+class _Inner(torch.autograd.Function):
+    """(theirs, *ours) -> <ours, theirs>, <ours, ours>, and both slopes in one pass over what may be millions."""
+
+    @staticmethod
+    def forward(ctx: Any, theirs: tuple[Tensor, ...], *ours: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.theirs = theirs
+        ctx.save_for_backward(*ours)
+        along = torch.stack([(a * t).sum() for a, t in zip(ours, theirs, strict=True)]).sum()
+        return along, torch.stack([a.square().sum() for a in ours]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        along, square = slopes
+        pairs = zip(ctx.saved_tensors, ctx.theirs, strict=True)
+        return None, *((t * along).addcmul_(a, 2 * square) for a, t in pairs)
 
 
 def to_box(u: Tensor) -> Tensor:
@@ -304,6 +329,9 @@ class SignedInversion(Attack):
     )
     start: Literal["grey", "normal"] = hp("grey", "mid-grey with a little noise, or N(0, 1)", paper="normal")
     patience: int = hp(100, "steps without a gain of 1%, after which the step size falls early; 0: never", least=0)
+    precision: Literal["auto", "float32", "bfloat16"] = hp(
+        "auto", "of convolutions until the last eighth; auto: bfloat16 where the hardware has it", paper="float32"
+    )
 
     def descend(
         self,
@@ -319,6 +347,7 @@ class SignedInversion(Attack):
         `cost(pixels, labels, *extra)` is the objective without the prior; pixels are (copies * N, C, H, W), and `extra`
         maps the start of each further variable, kept in [0, 1], to its step.
         """
+        match.hasten(copies * len(labels))
         runs = [
             checkpoint.stretch(Descent, rng, partial(self._run, match, labels.repeat(copies), rng, cost, extra, run))
             for run in range(self.restarts)
@@ -357,10 +386,14 @@ class SignedInversion(Attack):
         trace: list[float] = []
         saved = checkpoint.resume(rng)
         ends = [round(self.iterations * share) for share in (3 / 8, 5 / 8, 7 / 8, 1)]
+        half = self.precision == "bfloat16" or (self.precision == "auto" and has_bfloat16(match.device))
         for stage, length in enumerate(b - a for a, b in zip([0, *ends], ends, strict=False)):
             if saved is not None and stage < saved["stage"]:
                 continue
             waited, first = 0, 0
+            match.meta.halve(half and stage < HALVED)
+            if half and stage == HALVED:
+                best = math.inf  # what bfloat16 made of the objective is another scale
             if saved is not None:
                 put([x, *more], saved["variables"])
                 optimizer.load_state_dict(saved["optimizer"])

@@ -1,0 +1,139 @@
+"""3x3 convolutions from a quarter of the products. Winograd 1980; Lavin, Gray, CVPR 2016. https://arxiv.org/abs/1509.09308
+
+    y = A^T [ (G w G^T) * (B^T d B) ] A        for each 4x4 tile of the output, from the 6x6 tile d of the input
+
+One tile and one pair of channels take 36 products instead of 144, and all tiles and channels together are 36 matrix
+products. What surrounds them is linear with fixed matrices, so the derivative of the derivative, which an attack
+lives on, is made of such products as well. In float32 the result is a convolution's to 1e-6.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)  # and infinity; rounding is a third less than at 0, ±1, ±2
+TILE, PATCH = 4, 6  # sides of a tile of the output, and of what it sees of the input
+FEWEST = 32  # tiles, and channels: below, the transforms cost more than the products they save
+
+
+def bilinear(points: Sequence[float], taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(A^T, G, B^T) of a 1-D filter with `taps` taps: polynomials multiplied by their values at points, and infinity.
+
+    w and y are polynomials, their product is known at the points (row j of G and A^T holds the powers of point j), and
+    the rows of B^T are the coefficients of Lagrange's basis, whose denominators G carries.
+    """
+    size = len(points) + 1
+    a = torch.zeros(size - taps + 1, size, dtype=torch.float64)
+    g = torch.zeros(size, taps, dtype=torch.float64)
+    b = torch.zeros(size, size, dtype=torch.float64)
+    for j, p in enumerate(points):
+        others = [q for q in points if q != p]
+        a[:, j] = p ** torch.arange(len(a), dtype=torch.float64)
+        g[j] = p ** torch.arange(taps, dtype=torch.float64) / math.prod(p - q for q in others)
+        b[j, :-1] = _with_roots(others)
+    a[-1, -1] = g[-1, -1] = 1
+    b[-1] = _with_roots(points)
+    return a, g, b
+
+
+def _with_roots(roots: Sequence[float]) -> Tensor:
+    """Coefficients of the monic polynomial with these roots, the constant first."""
+    coefficients = torch.ones(1, dtype=torch.float64)
+    for root in roots:
+        coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
+    return coefficients
+
+
+A, G, B = (torch.kron(m, m) for m in bilinear(POINTS, 3))  # (16, 36), (36, 9), (36, 36)
+
+
+class WinogradConv(nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1; `products` is what its matrix products are computed in."""
+
+    products: torch.dtype | None = None
+
+    @staticmethod
+    def suits(layer: nn.Module, shape: Sequence[int]) -> bool:
+        """Whether `layer` is a convolution that gains by it, on inputs of `shape` (N, C, H, W)."""
+        return (
+            type(layer) is nn.Conv2d
+            and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
+            and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+            and min(layer.in_channels, layer.out_channels) >= FEWEST
+            and shape[0] * math.ceil(shape[2] / TILE) * math.ceil(shape[3] / TILE) >= FEWEST
+        )
+
+    @staticmethod
+    def instead_of(layer: nn.Conv2d) -> None:
+        """Make `layer` one, in place: its parameters stay the same objects."""
+        layer.__class__ = WinogradConv
+        layer.weight.data = taps_first(layer.weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        rows, columns = math.ceil(height / TILE), math.ceil(width / TILE)
+        a, g, b = (m.to(x) for m in (A, G, B))
+        w = self.weight.permute(2, 3, 0, 1).reshape(9, -1)
+        w = (g @ w).view(PATCH**2, self.out_channels, self.in_channels)
+        d = _Patches.apply(x, rows, columns).view(PATCH**2, -1)
+        d = (b @ d).view(PATCH**2, self.in_channels, -1)
+        kind = self.products or x.dtype
+        y = torch.bmm(w.to(kind), d.to(kind)).to(x.dtype)  # (36, O, N * tiles)
+        y = (a @ y.view(PATCH**2, -1)).view(TILE, TILE, self.out_channels, n, rows, columns)
+        y = y.permute(3, 2, 4, 0, 5, 1).reshape(n, self.out_channels, TILE * rows, TILE * columns)
+        y = y[..., :height, :width]
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies matrices in bfloat16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) as it was, but in memory (3, 3, O, C): as the matrix product with G makes gradients."""
+    return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+
+
+class _Patches(torch.autograd.Function):
+    """(N, C, H, W) -> the overlapping patches (6, 6, C, N, rows, columns)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, columns: int) -> Tensor:
+        ctx.shape = x.shape
+        height, width = x.shape[2:]
+        x = F.pad(x, (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
+        return x.unfold(2, PATCH, TILE).unfold(3, PATCH, TILE).permute(4, 5, 1, 0, 2, 3).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return _Overlap.apply(slopes[0], ctx.shape), None, None
+
+
+class _Overlap(torch.autograd.Function):
+    """The transpose of `_Patches`: each pixel is the sum of all patches that hold it. Autograd's own is much slower."""
+
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, shape: torch.Size) -> Tensor:
+        n, channels, height, width = shape
+        rows, columns = ctx.tiles = d.shape[4:]
+        image = d.new_zeros(n, channels, rows + 1, TILE, columns + 1, TILE)
+        tiles = image.permute(3, 5, 1, 0, 2, 4)  # (4, 4, C, N, rows + 1, columns + 1)
+        over = PATCH - TILE
+        tiles[..., :-1, :-1] = d[:TILE, :TILE]
+        tiles[:over, :, ..., 1:, :-1] += d[TILE:, :TILE]
+        tiles[:, :over, ..., :-1, 1:] += d[:TILE, TILE:]
+        tiles[:over, :over, ..., 1:, 1:] += d[TILE:, TILE:]
+        image = image.view(n, channels, TILE * (rows + 1), TILE * (columns + 1))
+        return image[..., 1 : height + 1, 1 : width + 1]
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return _Patches.apply(slopes[0], *ctx.tiles), None
