@@ -70,7 +70,7 @@ class Matching:
         inputs, recipe = self.task.to_model(pixels), self.recipe
         defended = recipe.defense or tuple
         if not self.unrolled:
-            ours = self.meta.gradient(inputs, labels)
+            ours = self.meta.gradient(inputs, labels, create_graph=torch.is_grad_enabled())
             return defended(ours) if self.whole else ours
         delta = self.meta.sgd(inputs, labels, self.batches, recipe.lr, recipe.momentum, recipe.weight_decay)
         return tuple(d / self.mass for d in defended(delta))
@@ -83,6 +83,13 @@ class Matching:
     def cosine_distance(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Inverting Gradients' objective, 1 - <g^, g*> / (||g^|| ||g*||) over all layers as one vector."""
         return cosine_distance(self.simulate(pixels, labels), self.target)
+
+    @property
+    def noise(self) -> float:
+        """Deviation of what the recipe's defence has drawn onto an entry of the target; 0 without noise."""
+        if self.recipe.defense is None:
+            return 0.0
+        return self.recipe.defense.noise / (1.0 if self.whole else self.recipe.gradient_mass(self.count))
 
     @cached_property
     def scale(self) -> float:
