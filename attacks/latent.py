@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks.base import REGISTRY, Attack, checkpoint, progress
+from attacks.base import Attack, checkpoint, discover, progress
 from attacks.common import Matching, Reading, put
 from federated.wire import Batch, Recipe, Task
 from models import priors
@@ -95,7 +95,7 @@ class LatentInversion(Attack):
         return priors.nearest(self.belief(public, task.num_classes), *truth)
 
     def companion(self) -> Attack | None:
-        return REGISTRY["ig_single"](iterations=self.pixels) if self.pixels else None
+        return discover()["ig_single"](iterations=self.pixels) if self.pixels else None
 
     def score(self, match: Matching, prior: Prior, labels: Tensor) -> Score:
         """The objective; where the noise's deviation s is known, -log p(z | g*) = D / (2 s^2) - log p(z), times s^2."""
