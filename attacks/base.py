@@ -26,6 +26,7 @@ R = TypeVar("R")
 class Attack(ABC):
     """What a server does with an update it received."""
 
+    name: ClassVar[str]  # of its command line and result folders; `register` sets it
     paper: ClassVar[str]
     threat: ClassVar[Literal["honest-but-curious", "malicious-parameters", "malicious-architecture"]]
     max_images: ClassVar[int | None] = None  # the most private images behind one update the method can handle
@@ -49,6 +50,22 @@ class Attack(ABC):
         """
         return model
 
+    def prepare(self, task: Task, public: Batch, about: Mapping[str, Any]) -> None:
+        """Make or find what serves all trials and takes long, such as a trained generator.
+
+        Called once, by the main process, before anything is written. `about` says of what run, for what is kept.
+        Raises UsageError for something that does not fit these public images.
+        """
+        return None
+
+    def companion(self) -> "Attack | None":
+        """An attack on the same updates whose score stands beside this one's."""
+        return None
+
+    def floor(self, task: Task, public: Batch, truth: Batch) -> Tensor | None:
+        """Images (N, C, H, W): the best of those it can make at all, had it seen the true ones; for scoring only."""
+        return None
+
     def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor | None:
         """(N,) which of the true images (N, C, H, W) the method can tell apart at all, if it knows; for scoring only.
 
@@ -68,6 +85,7 @@ def register(name: str) -> Callable[[A], A]:
     def enter(cls: A) -> A:
         assert name not in REGISTRY, f"two attacks called {name}"
         assert cls.paper and cls.threat, f"{name} names no paper or no threat model"
+        cls.name = name
         REGISTRY[name] = settings(cls)
         return REGISTRY[name]
 

@@ -73,7 +73,7 @@ class Matching:
         inputs, recipe = self.task.to_model(pixels), self.recipe
         defended = recipe.defense or tuple
         if not self.unrolled:
-            ours = self.meta.gradient(inputs, labels)
+            ours = self.meta.gradient(inputs, labels, create_graph=torch.is_grad_enabled())
             return defended(ours) if self.whole else ours
         delta = self.meta.sgd(inputs, labels, self.batches, recipe.lr, recipe.momentum, recipe.weight_decay)
         return tuple(d / self.mass for d in defended(delta))
@@ -92,6 +92,13 @@ class Matching:
         if self.target[0].dtype == torch.float32:
             self.meta.hasten(self.task.to_model(self.target[0].new_zeros(count, *self.task.image_shape)))
             self.target = self.meta.laid_out(self.target)
+
+    @property
+    def noise(self) -> float:
+        """Deviation of what the recipe's defence has drawn onto an entry of the target; 0 without noise."""
+        if self.recipe.defense is None:
+            return 0.0
+        return self.recipe.defense.noise / (1.0 if self.whole else self.recipe.gradient_mass(self.count))
 
     @cached_property
     def scale(self) -> float:

@@ -27,6 +27,7 @@ class Defense(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    noise: float = 0.0  # deviation of what it draws onto an entry
 
     def __init__(self, strength: float) -> None:
         """Raises UsageError if `strength` is not a positive number."""
@@ -45,6 +46,11 @@ class Chain:
     """Defences one after the other."""
 
     steps: tuple[Defense, ...]
+
+    @property
+    def noise(self) -> float:
+        """Deviation of all that is drawn onto an entry."""
+        return math.hypot(*(step.noise for step in self.steps))
 
     def __call__(self, tensors: Sequence[Tensor], rng: torch.Generator | None = None) -> tuple[Tensor, ...]:
         for step in self.steps:

@@ -14,6 +14,10 @@ class Gauss(Defense):
 
     paper = "Abadi et al.: Deep Learning with Differential Privacy. CCS 2016"
 
+    @property
+    def noise(self) -> float:
+        return self.strength
+
     def __call__(self, tensors: Sequence[Tensor], rng: torch.Generator | None = None) -> tuple[Tensor, ...]:
         if rng is None:
             return tuple(tensors)

@@ -21,7 +21,9 @@ from attacks.base import discover
 from tests.conftest import ROOT
 from utils import cli
 
-SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "experiments").glob("*/*.sh"))
+SCRIPTS = sorted(
+    p.relative_to(ROOT).as_posix() for p in (ROOT / "experiments").rglob("*.sh") if p.name != "env.sh"
+)  # env.sh is sourced by all others
 PAGES = {"main_grad.py": (cli.Grad, main_grad.GradScene), "main_fed.py": (cli.Fed, main_fed.FedScene)}
 
 

@@ -22,6 +22,8 @@ from PIL import Image
 
 from data import DATASETS, load, partition
 from federated.wire import UsageError
+from models.priors import data_digest
+from utils.run import public_images
 
 torch.set_num_threads(1)
 VISION = {
@@ -197,6 +199,23 @@ def test_photos_crops_lie_in_one_tile_of_one_split(altered, size):
     reached = tiles_reached(altered(paint, size))
     assert {name: len(own) for name, own in reached.items()} == {"private": 8, "public": 4, "test": 4}
     assert len(set.union(*reached.values())) == 16
+
+
+def test_what_a_prior_is_trained_on_holds_no_pixel_of_a_victim(altered, photos):
+    """Every private tile is scrambled: victims change, and not a bit of the images a generator is shown."""
+    private = {tile for tile in range(16) if sum(divmod(tile, 4)) % 2 == 0}
+    assert tiles_reached(altered(paint))["private"] == private
+
+    def scramble(picture, number):
+        for tile, block in enumerate(tiles(picture)):
+            if tile in private:
+                block[:] = noise(number, *block.shape[:2])
+        return picture
+
+    other = altered(scramble)
+    victims = range(0, len(photos.private), 64)
+    assert (other.private.take(victims).images != photos.private.take(victims).images).any((1, 2, 3)).all()
+    assert data_digest(public_images(other)) == data_digest(public_images(photos))
 
 
 def test_photos_content_of_one_split_never_shows_in_another(altered, photos):

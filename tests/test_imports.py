@@ -14,6 +14,7 @@ LIBRARIES = {
     "attacks.features",
     "attacks.ica",
     "attacks.labels",
+    "attacks.latent",
     "attacks.linear",
     "attacks.sparsity",
 }  # of the attacks' room, no attack themselves

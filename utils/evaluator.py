@@ -163,8 +163,13 @@ class Evaluator:
         self.class_mean = class_mean  # None for a class without public images, which is worth no more than no label
         self.lpips = lpips
 
-    def score(self, truth: Batch, rec: Reconstruction) -> tuple[list[dict[str, Any]], Tensor]:
-        """One row per true image, and the reconstructions in the order of the truths (N, C, H, W)."""
+    def score(
+        self, truth: Batch, rec: Reconstruction, beside: Reconstruction | None = None
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """One row per true image, and the reconstructions in the order of the truths (N, C, H, W).
+
+        `beside` is what a companion made of the same update.
+        """
         finite = torch.isfinite(rec.images).flatten(1).all(1)
         usable = finite.nonzero().flatten()
         images = rec.images[usable].clamp(0, 1)
@@ -195,6 +200,9 @@ class Evaluator:
             corr, fitted = correlations(there(truth.images.double()), rec.sources)
             for row, c, x, best in zip(rows, corr, truth.images, back(fitted), strict=True):
                 row |= {"oracle_corr": c, "oracle_affine_psnr": psnr(x, best)}
+        if beside is not None:
+            for row, other in zip(rows, self.score(truth, beside)[0], strict=True):
+                row["companion_psnr"] = other["psnr"]
         return rows, torch.stack(shown)
 
     def control(self, unrelated: Tensor, rec: Reconstruction) -> float:
@@ -228,12 +236,13 @@ def succeeded(row: dict[str, Any]) -> bool:
     return row["match"] is not None and row["psnr"] >= SUCCESS_PSNR
 
 
-def over_class_mean(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """PSNR minus that of the mean public image of the victim's class, in dB, paired by image: what the pixels gave
-    away beyond the label. Mean and its 95% interval by Student's t; None for fewer than two images."""
+def gain_over(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float] | None:
+    """PSNR minus another one, in dB, paired by image: mean and its 95% interval by Student's t; None for fewer than two
+    images. Over "class_baseline_psnr", the mean public image of the victim's class, it is what pixels gave away beyond
+    the label."""
     from scipy.special import stdtrit
 
-    gains = [r["psnr"] - r["class_baseline_psnr"] for r in rows]
+    gains = [r["psnr"] - r[key] for r in rows]
     if len(gains) < 2:
         return None
     mean = statistics.fmean(gains)
@@ -270,7 +279,7 @@ def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) 
         "success_rate": float(np.mean([succeeded(r) for r in rows])),
         "baseline_psnr": statistics.fmean(r["baseline_psnr"] for r in rows),
         "class_baseline_psnr": statistics.fmean(r["class_baseline_psnr"] for r in rows),
-        "over_class_mean": over_class_mean(rows),
+        "over_class_mean": gain_over(rows, "class_baseline_psnr"),
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),
@@ -280,4 +289,7 @@ def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) 
         **mean(trials, "control"),
         **mean(rows, "oracle_corr"),
         **mean(rows, "oracle_affine_psnr"),
+        **mean(rows, "oracle_floor_psnr"),
+        **mean(rows, "companion_psnr"),
+        **({"over_companion": gain_over(rows, "companion_psnr")} if "companion_psnr" in rows[0] else {}),
     }

@@ -27,6 +27,11 @@ def spread(values: Mapping[str, float] | None, digits: int = 2) -> str:
     return "-" if values is None else f"{values['mean']:.{digits}f} ± {values['std']:.{digits}f}"
 
 
+def interval(gain: Mapping[str, float] | None) -> str:
+    """mean [low, high] of a paired difference."""
+    return "-" if gain is None else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -52,29 +57,24 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-# of some attacks only
-OWN_COLUMNS: dict[str, Any] = {
-    "ceiling": lambda s: number(s.get("ceiling"), 3),
-    "recovered, median dB": lambda s: number(s.get("recovered_psnr"), 1),
-    "candidates": lambda s: number(s.get("candidates"), 1),
-    "control": lambda s: number(s.get("control"), 3),
-    "oracle corr": lambda s: number(s.get("oracle_corr"), 3),
-    "oracle affine dB": lambda s: number(s.get("oracle_affine_psnr"), 1),
+# of some attacks only: the entry of summary.json without which a column is left out, and what it shows
+OWN_COLUMNS: dict[str, tuple[str, Any]] = {
+    "ceiling": ("ceiling", lambda s: number(s.get("ceiling"), 3)),
+    "recovered, median dB": ("ceiling", lambda s: number(s.get("recovered_psnr"), 1)),
+    "candidates": ("candidates", lambda s: number(s.get("candidates"), 1)),
+    "control": ("control", lambda s: number(s.get("control"), 3)),
+    "oracle corr": ("oracle_corr", lambda s: number(s.get("oracle_corr"), 3)),
+    "oracle affine dB": ("oracle_affine_psnr", lambda s: number(s.get("oracle_affine_psnr"), 1)),
+    "over class mean dB": ("oracle_floor_psnr", lambda s: interval(s.get("over_class_mean"))),
+    "oracle floor dB": ("oracle_floor_psnr", lambda s: number(s.get("oracle_floor_psnr"))),
+    "companion dB": ("companion", lambda s: number(s.get("companion_psnr"))),
 }
-KEYS = (
-    "ceiling",
-    "ceiling",
-    "candidates",
-    "control",
-    "oracle_corr",
-    "oracle_affine_psnr",
-)  # without which none is shown
 
 
 def columns_of(summaries: Sequence[Summary]) -> dict[str, Any]:
     """What to show of runs: what every attack has, and what some of these have on top."""
-    own = zip(OWN_COLUMNS.items(), KEYS, strict=True)
-    return COLUMNS | {name: show for (name, show), key in own if any(key in s for s in summaries)}
+    own = {name: show for name, (key, show) in OWN_COLUMNS.items() if any(key in s for s in summaries)}
+    return COLUMNS | own
 
 
 def one_run(summary: Summary) -> str:
@@ -85,7 +85,18 @@ def one_run(summary: Summary) -> str:
     columns = columns_of([summary])
     text = title + "\n" + table(list(columns), [[show(summary) for show in columns.values()]])
     gain = summary.get("over_class_mean")
-    return text if gain is None else f"{text}\n{verdict(gain)}"
+    return text if gain is None else f"{text}\n{verdict(gain)}{companion(summary)}"
+
+
+def companion(summary: Summary) -> str:
+    """In words: the attack that ran beside, on the same updates; empty without one."""
+    gain = summary.get("over_companion")
+    if gain is None:
+        return ""
+    low, high = gain["low"], gain["high"]
+    better = "better than" if low > 0 else "worse than" if high < 0 else "not shown to differ from"
+    of = f"{summary['companion']} on the same updates ({summary['companion_psnr']:.2f} dB)"
+    return f"\n{better} {of}: {interval(gain)} dB"
 
 
 def verdict(gain: Mapping[str, float]) -> str:

@@ -36,11 +36,11 @@ from attacks.base import Attack, checkpoint, discover, progress
 from federated.server import accuracy, pretrain
 from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, Update, UsageError
 from utils import cli, report
-from utils.evaluator import Evaluator, Lpips, summarise
+from utils.evaluator import Evaluator, Lpips, psnr, summarise
 from utils.results import Store, digest, source_digest
 
 ROOMS = ("attacks", "data", "defenses", "federated", "models", "utils")
-PUBLIC_MOST = 2048  # public images a server keeps at hand, fewer if they are large
+PUBLIC_MOST = 5000  # public images a server keeps at hand, fewer if they are large
 PUBLIC_PIXELS = 2**26  # numbers in all of them: 256 MB
 TEST_MOST = 2000  # held-out images that accuracy is measured on
 CHEAP_FLAGS = {"out", "jobs", "force", "sweep", "base_datadir", "weights", "device", "paper"}  # cannot change a number
@@ -98,7 +98,7 @@ class Scene:
 
     @functools.cached_property
     def public(self) -> Batch:
-        return _spread_out(self.dataset.public, min(PUBLIC_MOST, PUBLIC_PIXELS // math.prod(self.task.image_shape)))
+        return public_images(self.dataset)
 
     @functools.cached_property
     def public_on_device(self) -> Batch:
@@ -151,10 +151,11 @@ class Scene:
     def facts(self) -> dict[str, Any]:
         """Everything that can change a number."""
         flags = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in CHEAP_FLAGS}
+        own = dataclasses.asdict(self.attack)
         return {
             "mode": self.mode,
             "attack": self.command.attack_name,
-            "hyperparameters": dataclasses.asdict(self.attack),
+            "hyperparameters": {k: _content(v) if isinstance(v, Path) else v for k, v in own.items()},
             "flags": flags,
             "weights": None if self.run.weights is None else _file_digest(self.run.weights),
             "data": self.dataset.fingerprint,
@@ -170,7 +171,7 @@ class Scene:
             "paper": self.attack.paper,
             "threat": self.attack.threat,
             "oracle": self.oracle,
-            "commit": _commit(),
+            "commit": commit(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
@@ -218,6 +219,8 @@ def execute(scene: Scene, observations: Observations) -> dict[str, Any]:
         print(f"already done ({_shown(store.folder)}; --force runs it again)")
         print(report.one_run(summary))
         return summary
+    about = {"dataset": scene.run.dataset, "commit": commit()}
+    scene.attack.prepare(scene.task, scene.public_on_device, about)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(store.writing(scene.config(), scene.run.force))
@@ -261,9 +264,13 @@ def _attack_and_score(scene: Scene, observations: Observations, store: Store) ->
     scene.prepare_model()
     open_trials = (v for v in observations(scene) if v.trial not in records)
     with bar:
-        for victim, rec, seconds in _reconstructions(scene, open_trials, on_progress):
+        for victim, rec, beside, seconds in _reconstructions(scene, open_trials, on_progress):
             truth = Batch(*(t.cpu() for t in victim.truth))
-            scored, rebuilt = evaluator.score(truth, rec)
+            scored, rebuilt = evaluator.score(truth, rec, beside)
+            best = scene.attack.floor(scene.task, scene.public_on_device, victim.truth)
+            if best is not None:
+                for row, image, made in zip(scored, truth.images, best.cpu(), strict=True):
+                    row["oracle_floor_psnr"] = psnr(image, made)
             rows = [
                 {"trial": victim.trial, **row, "seconds": seconds, "oracle": scene.oracle, **victim.origin}
                 for row in scored
@@ -298,6 +305,8 @@ def _attack_and_score(scene: Scene, observations: Observations, store: Store) ->
         **summarise(rows, trials),
         "oracle": scene.oracle,
     }
+    if (companion := scene.attack.companion()) is not None:
+        summary["companion"] = companion.name
     if rounds:
         losses = [r["loss"] for r in rounds]
         summary["accuracy"] = rounds[-1]["accuracy"]
@@ -314,7 +323,7 @@ def _mean_psnr(psnrs: list[float]) -> str:
 
 # --- attacking: here, or in worker processes ---------------------------------------------------------------------
 
-Attacked = tuple[Victim, Reconstruction, float]
+Attacked = tuple[Victim, Reconstruction, Reconstruction | None, float]
 Listener = Callable[[int, int, int, float], None]
 
 
@@ -330,20 +339,27 @@ def _reconstructions(scene: Scene, victims: Iterator[Victim], listen: Listener) 
 
 def _reconstruct(
     attack: Attack, seen: Observation, seed: int, trial: int, store: Store
-) -> tuple[Reconstruction, float]:
-    """The attack from where it last saved its state, if it did; the seconds are those of all its parts."""
+) -> tuple[Reconstruction, Reconstruction | None, float]:
+    """The attack from where it last saved its state, if it did, and its companion's answer; the seconds are its own."""
     saved = store.under_way(trial)
     state = saved.load(seen.update.tensors[0].device)
     start = time.perf_counter() - (state["seconds"] if state else 0)
     checkpoint.attend(state, saved.due, lambda state: saved.save({**state, "seconds": time.perf_counter() - start}))
-    rec = attack.reconstruct(seen, stream(seed, "attack", trial))
+    rec = _plain(attack.reconstruct(seen, stream(seed, "attack", trial)), seen.task)
+    seconds = round(time.perf_counter() - start, 3)
+    companion = attack.companion()
+    if companion is None:
+        return rec, None, seconds
+    return rec, _plain(companion.reconstruct(seen, stream(seed, "companion", trial)), seen.task), seconds
+
+
+def _plain(rec: Reconstruction, task: Task) -> Reconstruction:
+    """An answer without graph and device."""
     images = rec.images.detach().float().cpu()
-    assert images.ndim == 4 and images.shape[1:] == seen.task.image_shape, f"{images.shape} for {seen.task.image_shape}"
+    assert images.ndim == 4 and images.shape[1:] == task.image_shape, f"{images.shape} for {task.image_shape}"
     labels = None if rec.labels is None else rec.labels.detach().cpu()
     sources = None if rec.sources is None else rec.sources.detach().float().cpu()
-    return dataclasses.replace(rec, images=images, labels=labels, sources=sources), round(
-        time.perf_counter() - start, 3
-    )
+    return dataclasses.replace(rec, images=images, labels=labels, sources=sources)
 
 
 def _in_workers(scene: Scene, victims: Iterator[Victim], listen: Listener) -> Iterator[Attacked]:
@@ -456,6 +472,11 @@ def _load_data(name: str, base: Path, image_size: int | None, normalize: str) ->
     return data.load(name, base_datadir=base, image_size=image_size, normalize=normalize)
 
 
+def public_images(dataset: data.Dataset) -> Batch:
+    """Those a server has at hand in every trial."""
+    return _spread_out(dataset.public, min(PUBLIC_MOST, PUBLIC_PIXELS // math.prod(dataset.task.image_shape)))
+
+
 def _spread_out(split: data.Split, most: int) -> Batch:
     """The whole split or, of a larger one, `most` images evenly spaced over it."""
     count = min(len(split), most)
@@ -466,11 +487,16 @@ def _folder(scene: Scene) -> Path:
     return scene.run.out / scene.mode / scene.command.attack_name / digest(scene.facts())
 
 
+def _content(path: Path) -> str:
+    """What a path a flag names stands for: a digest of the file, or of the generator in the folder."""
+    return _file_digest(path / "generator.safetensors" if path.is_dir() else path)
+
+
 def _file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout, with + when it has changes; None outside one."""
     git = functools.partial(subprocess.run, cwd=cli.ROOT, capture_output=True, text=True, check=True)
     try:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Generative Gradient Leakage (Li et al., 2022) on the weight updates of federated clients; its generator is fitted to public images.
+# Generative Gradient Leakage (Li et al., 2022) on the weight updates of federated clients; its generator is fitted to
+# public images.
 # sh experiments/fed/ggl.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
