@@ -89,6 +89,7 @@ class Matching:
 
     def hasten(self, count: int) -> None:
         """From here on the float32 convolutions of `count` images are computed with fewer products, where that pays."""
+        count = max(map(len, self.batches)) if self.unrolled else count
         if self.target[0].dtype == torch.float32:
             self.meta.hasten(self.task.to_model(self.target[0].new_zeros(count, *self.task.image_shape)))
             self.target = self.meta.laid_out(self.target)

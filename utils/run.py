@@ -10,17 +10,10 @@ import dataclasses
 import functools
 import hashlib
 import math
-import multiprocessing
 import os
-import pickle
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +25,11 @@ from tqdm import tqdm
 
 import data
 import models
-from attacks.base import Attack, checkpoint, discover, progress
+from attacks.base import Attack, discover
 from federated.server import accuracy, pretrain
-from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, Update, UsageError
+from federated.wire import Batch, Observation, Recipe, Task, Update, UsageError
 from utils import cli, report
+from utils.backends import Attacked, Listener, Shared, check_ray, here, local, on_ray
 from utils.evaluator import Evaluator, Lpips, psnr, summarise
 from utils.results import Store, digest, source_digest
 
@@ -43,7 +37,9 @@ ROOMS = ("attacks", "data", "defenses", "federated", "models", "utils")
 PUBLIC_MOST = 5000  # public images a server keeps at hand, fewer if they are large
 PUBLIC_PIXELS = 2**26  # numbers in all of them: 256 MB
 TEST_MOST = 2000  # held-out images that accuracy is measured on
-CHEAP_FLAGS = {"out", "jobs", "force", "sweep", "base_datadir", "weights", "device", "paper"}  # cannot change a number
+LARGE = 1_000_000  # parameters, from which on a second thread is worth more than it costs
+# those that cannot change a number
+CHEAP_FLAGS = {"out", "jobs", "backend", "force", "sweep", "base_datadir", "weights", "device", "paper"}
 
 
 def stream(*path: int | str) -> torch.Generator:
@@ -72,6 +68,8 @@ class Scene:
         self.attack: Attack = command.attack
         run = self.run
         self.seed: int = run.seed
+        if run.backend == "ray":
+            check_ray()
         self.device = choose_device(run.device)
         self.dataset = _load_data(run.dataset, run.base_datadir, run.image_size, run.normalize)
         self.task: Task = self.dataset.task
@@ -144,13 +142,20 @@ class Scene:
         """Worker processes, or 1 for none."""
         if self.attack.instant:
             return 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = self.run.jobs or (1 if self.device.type == "cuda" else max(1, cores // self.run.threads))
+        cores = _cores()
+        wanted = self.run.jobs or (1 if self.device.type == "cuda" else max(1, cores // self.threads))
         return min(wanted, self.run.trials)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a trial."""
+        alone = self.run.trials == 1 and sum(p.numel() for p in self.model.parameters()) > LARGE
+        return self.run.threads or (_cores() if alone else 1)
 
     def facts(self) -> dict[str, Any]:
         """Everything that can change a number."""
         flags = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in CHEAP_FLAGS}
+        flags["threads"] = self.threads  # how sums are split up
         own = dataclasses.asdict(self.attack)
         return {
             "mode": self.mode,
@@ -212,7 +217,7 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
 
 def execute(scene: Scene, observations: Observations) -> dict[str, Any]:
     """Run one scene to `done`, going on where a killed run stopped; a finished one is only shown again."""
-    torch.set_num_threads(scene.run.threads)
+    torch.set_num_threads(scene.threads)
     store = Store(_folder(scene))
     if store.done and not scene.run.force:
         summary = store.summary()
@@ -264,7 +269,7 @@ def _attack_and_score(scene: Scene, observations: Observations, store: Store) ->
     scene.prepare_model()
     open_trials = (v for v in observations(scene) if v.trial not in records)
     with bar:
-        for victim, rec, beside, seconds in _reconstructions(scene, open_trials, on_progress):
+        for victim, rec, beside, seconds in _reconstructions(scene, open_trials, on_progress, store):
             truth = Batch(*(t.cpu() for t in victim.truth))
             scored, rebuilt = evaluator.score(truth, rec, beside)
             best = scene.attack.floor(scene.task, scene.public_on_device, victim.truth)
@@ -321,131 +326,24 @@ def _mean_psnr(psnrs: list[float]) -> str:
     return f"PSNR {sum(psnrs) / len(psnrs):.1f} dB, " if psnrs else ""
 
 
-# --- attacking: here, or in worker processes ---------------------------------------------------------------------
-
-Attacked = tuple[Victim, Reconstruction, Reconstruction | None, float]
-Listener = Callable[[int, int, int, float], None]
-
-
-def _reconstructions(scene: Scene, victims: Iterator[Victim], listen: Listener) -> Iterator[Attacked]:
+def _reconstructions(scene: Scene, victims: Iterator[Victim], listen: Listener, store: Store) -> Iterator[Attacked]:
     """Victims in, reconstructions out as they end, in any order."""
-    if scene.jobs() > 1:
-        yield from _in_workers(scene, victims, listen)
-        return
-    for victim in victims:
-        progress.listener = functools.partial(listen, victim.trial)
-        yield victim, *_reconstruct(scene.attack, victim.seen, scene.seed, victim.trial, Store(_folder(scene)))
+    shared = Shared(scene.attack, scene.public, functools.partial(_attack_stream, scene.seed), store, scene.threads)
+    if scene.run.backend == "ray" and not scene.attack.instant:
+        return on_ray(shared, victims, scene.jobs())
+    return local(shared, victims, listen, scene.jobs()) if scene.jobs() > 1 else here(shared, victims, listen)
 
 
-def _reconstruct(
-    attack: Attack, seen: Observation, seed: int, trial: int, store: Store
-) -> tuple[Reconstruction, Reconstruction | None, float]:
-    """The attack from where it last saved its state, if it did, and its companion's answer; the seconds are its own."""
-    saved = store.under_way(trial)
-    state = saved.load(seen.update.tensors[0].device)
-    start = time.perf_counter() - (state["seconds"] if state else 0)
-    checkpoint.attend(state, saved.due, lambda state: saved.save({**state, "seconds": time.perf_counter() - start}))
-    rec = _plain(attack.reconstruct(seen, stream(seed, "attack", trial)), seen.task)
-    seconds = round(time.perf_counter() - start, 3)
-    companion = attack.companion()
-    if companion is None:
-        return rec, None, seconds
-    return rec, _plain(companion.reconstruct(seen, stream(seed, "companion", trial)), seen.task), seconds
-
-
-def _plain(rec: Reconstruction, task: Task) -> Reconstruction:
-    """An answer without graph and device."""
-    images = rec.images.detach().float().cpu()
-    assert images.ndim == 4 and images.shape[1:] == task.image_shape, f"{images.shape} for {task.image_shape}"
-    labels = None if rec.labels is None else rec.labels.detach().cpu()
-    sources = None if rec.sources is None else rec.sources.detach().float().cpu()
-    return dataclasses.replace(rec, images=images, labels=labels, sources=sources)
-
-
-def _in_workers(scene: Scene, victims: Iterator[Victim], listen: Listener) -> Iterator[Attacked]:
-    """At most one victim more than there are workers is on its way, so that memory stays flat."""
-    jobs = scene.jobs()
-    context = multiprocessing.get_context("spawn")
-    news = context.Queue()
-    # by file: a large argument would hold up each worker's start until the one before has come up
-    common = tempfile.NamedTemporaryFile(suffix=".pickle")  # noqa: SIM115
-    pickle.dump((scene.attack, scene.public, scene.seed, Store(_folder(scene))), common)
-    common.flush()
-    shared = (common.name, scene.run.threads, news)
-    pending: dict[Future[bytes], Victim] = {}
-
-    def collect() -> Iterator[Attacked]:
-        done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-        while not news.empty():
-            listen(*news.get())
-        for future in done:
-            yield pending.pop(future), *pickle.loads(future.result())
-
-    pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=shared)
-    try:
-        for victim in victims:
-            pending[pool.submit(_work, _packed(victim.seen), victim.trial)] = victim
-            while len(pending) > jobs:
-                yield from collect()
-        while pending:
-            yield from collect()
-    finally:
-        if pending:  # interrupted: attacks under way are not waited for
-            for worker in multiprocessing.active_children():
-                worker.kill()
-        pool.shutdown(wait=not pending, cancel_futures=True)
-        common.close()
-
-
-_worker: tuple[Attack, Batch, int, Store] | None = None
-
-
-def _start_worker(common: str, threads: int, news: Any) -> None:
-    global _worker
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    progress.listener = _Courier(news)
-    with open(common, "rb") as file:
-        _worker = pickle.load(file)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(packed: bytes, trial: int) -> bytes:
-    assert _worker is not None
-    attack, public, seed, store = _worker
-    if isinstance(progress.listener, _Courier):
-        progress.listener.trial = trial
-    seen: Observation = pickle.loads(packed)
-    device = seen.update.tensors[0].device
-    seen = dataclasses.replace(seen, public=Batch(*(t.to(device) for t in public)))
-    return pickle.dumps(_reconstruct(attack, seen, seed, trial, store))
-
-
-def _packed(seen: Observation) -> bytes:
-    """Bytes rather than tensors: torch would pass those through shared memory, which containers keep small."""
-    return pickle.dumps(dataclasses.replace(seen, public=Batch(torch.empty(0), torch.empty(0))))
-
-
-class _Courier:
-    """Sends an attack's progress to the main process, twice a second at the most."""
-
-    def __init__(self, news: Any) -> None:
-        self.news, self.trial, self.last = news, -1, 0.0
-
-    def __call__(self, iteration: int, total: int, loss: float) -> None:
-        if time.monotonic() - self.last > 0.5:
-            self.last = time.monotonic()
-            self.news.put((self.trial, iteration, total, loss))
+def _attack_stream(seed: int, purpose: str, trial: int) -> torch.Generator:
+    return stream(seed, purpose, trial)
 
 
 # --- small matters -----------------------------------------------------------------------------------------------
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str) -> torch.device:
