@@ -74,8 +74,9 @@ def test_a_script_runs_a_command_that_parses(script: str, recorder: Path, tmp_pa
         assert Path(page).is_file()
         if Path(page).name in PAGES:
             assert_parses([page, *flags])
-        elif Path(page).parent.name == "experiments":
-            tyro.cli(importlib.import_module(f"experiments.{Path(page).stem}").Flags, args=flags)
+        elif "experiments" in Path(page).parts:
+            module = ".".join(Path(page).relative_to(ROOT).with_suffix("").parts)
+            tyro.cli(importlib.import_module(module).Flags, args=flags)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,200 @@
+"""One engine on one victim, in a process of its own: python engines.py ENGINE ITERATIONS SECONDS grad|fed ATTACK flags.
+
+ENGINE is ours, reference or breaching, ITERATIONS its budget (0: its own), SECONDS when to stop it (0: never). All get
+the same model, gradient, inferred labels and start. Prints what it took and how near it came as JSON. Pictures are only
+kept while the clock runs, and scored after.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import main_fed
+import main_grad
+from attacks.base import discover
+from attacks.common import Matching
+from attacks.labels import settle_labels
+from attacks.linear import pixel_layer
+from experiments.bench import reference
+from federated.wire import Batch, Observation
+from utils import cli
+from utils.evaluator import correlations, match, psnr
+from utils.run import Scene, stream
+
+MODES = {"grad": (main_grad, cli.Grad, main_grad.GradScene), "fed": (main_fed, cli.Fed, main_fed.FedScene)}
+KEPT = 400  # pictures of a run that are scored at the most
+
+
+class Stop(KeyboardInterrupt):
+    """The budget is used up; as Ctrl-C, which the peer answers with what it has."""
+
+
+class Watch:
+    """A clock that is shown every iteration's images."""
+
+    def __init__(self, budget: int, seconds: float) -> None:
+        self.budget, self.limit = budget or 10**9, seconds or 1e9
+        self.times: list[float] = []
+        self.pictures: list[Tensor] = []
+        self.start = time.perf_counter()
+
+    def __call__(self, images: Tensor) -> None:
+        self.times.append(time.perf_counter() - self.start)
+        self.pictures.append(images.detach().clone())
+        if len(self.times) >= self.budget or self.times[-1] > self.limit:
+            raise Stop
+
+
+def ours(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
+    """The attack of the command line; its objective is watched from outside."""
+    attack = scene.attack
+    if iterations and hasattr(attack, "iterations"):
+        attack = dataclasses.replace(attack, iterations=iterations)
+        watch.budget = 10**9  # it knows its budget
+
+    def watched(cost: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def shown(pixels: Tensor, *rest: Tensor) -> Tensor:
+            watch(pixels)
+            return cost(pixels, *rest)
+
+        return shown
+
+    class Watched(type(attack)):
+        def descend(self, match: Matching, labels: Tensor, rng: Any, cost: Any, **more: Any) -> Any:
+            return super().descend(match, labels, rng, watched(cost), **more)
+
+        def invert(self, match: Matching, *more: Any, **named: Any) -> Any:
+            match.squared_distance = watched(match.squared_distance)
+            return super().invert(match, *more, **named)
+
+    torch.set_num_threads(scene.threads)
+    attack = Watched(**{f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)})
+    return attack.reconstruct(seen, stream(scene.seed, "attack", 0)).images
+
+
+def plain(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
+    """The paper's loop."""
+    name, (model, target) = scene.command.attack_name, (seen.model, seen.update.tensors)
+    first = torch.randn(seen.update.num_examples, *seen.task.image_shape, generator=stream(scene.seed, "attack", 0))
+    if name == "dlg":
+        loop = reference.dlg(model, target, first, seen.task.num_classes)
+    elif name == "ig_single":
+        loop = reference.ig_single(model, target, first, labels_of(scene, seen))
+    elif name == "cpa":
+        layer = pixel_layer(model, seen.task)
+        (rows,) = (g for p, g in zip(model.parameters(), target, strict=True) if p is layer.weight)
+        loop = reference.cpa(rows, seen.task.image_shape, seen.update.num_examples)
+    else:
+        loop = reference.rtf(*target[:2], seen.task.image_shape)
+    for images in loop:
+        watch(images)
+    return images
+
+
+def breaching(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
+    """breaching 0.1.2, its configuration `invertinggradients` as it is."""
+    import breaching as peer
+
+    class Watched(peer.attacks.OptimizationBasedAttacker):
+        def _compute_objective(self, candidate: Tensor, *more: Any) -> Any:
+            watch(candidate)
+            return super()._compute_objective(candidate, *more)
+
+    class Facts(dict):
+        __getattr__ = dict.__getitem__
+
+    task, count = seen.task, seen.update.num_examples
+    facts = Facts(shape=task.image_shape, modality="vision", mean=task.mean, std=task.std, classes=task.num_classes)
+    buffers = list(seen.model.buffers())
+    payload = [{"parameters": list(seen.model.parameters()), "buffers": buffers, "metadata": facts}]
+    told = {"num_data_points": count, "labels": labels_of(scene, seen), "local_hyperparams": None}
+    shared = [{"gradients": list(seen.update.tensors), "buffers": None, "metadata": told}]
+    config = peer.get_attack_config("invertinggradients")
+    attacker = Watched(seen.model, torch.nn.CrossEntropyLoss(), config)
+    first = torch.randn(count, *task.image_shape, generator=stream(scene.seed, "attack", 0))
+    return attacker.reconstruct(payload, shared, {}, initial_data=first)[0]["data"]
+
+
+ENGINES = {"ours": ours, "reference": plain, "breaching": breaching}
+
+
+def labels_of(scene: Scene, seen: Observation) -> Tensor:
+    return settle_labels(Matching(seen, "average").mean_gradient, seen, stream(scene.seed, "attack", 0))
+
+
+def memory() -> float:
+    """The most this process has held since `forget_memory`, in MB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def forget_memory() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def score(truth: Batch, images: Tensor) -> float:
+    """Mean PSNR over the true images, each with its partner."""
+    pairs = match(truth.images, images)
+    return sum(psnr(t, images[j]) if j is not None else 0.0 for t, j in zip(truth.images, pairs, strict=True)) / len(
+        pairs
+    )
+
+
+def main() -> None:
+    engine, iterations, seconds, mode, *flags = sys.argv[1:]
+    page, run_cls, scene_cls = MODES[mode]
+    (command,) = cli.parse(flags, run_cls, discover(), "engines.py")
+    scene = scene_cls(mode, command)
+    victim = next(page.observations(scene))
+    if engine == "breaching":
+        importlib.import_module("breaching")  # before the clock starts
+    shown = sys.stdout
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the peer prints
+    forget_memory()
+    before = memory()
+    watch, answer = Watch(int(iterations), float(seconds)), None
+    with contextlib.suppress(Stop):
+        answer = ENGINES[engine](scene, victim.seen, watch, int(iterations)).detach()
+    total = time.perf_counter() - watch.start
+    peak = memory()
+    sys.stdout = shown
+    pictures = [*zip(watch.times, watch.pictures, strict=True)]
+    if answer is not None:
+        pictures.append((total, answer))
+    every = max(1, len(pictures) // KEPT)
+    scores = [(t, score(victim.truth, p.cpu().float().clamp(0, 1))) for t, p in pictures[::-1][::every][::-1]]
+    steps = len(watch.times)
+    found = {
+        "seconds": total,
+        "iterations": steps,
+        "per_iteration": (watch.times[-1] - watch.times[0]) / (steps - 1) if steps > 1 else total,
+        "scores": scores,
+        "final": scores[-1][1],
+        "peak": peak,
+        "growth": peak - before,
+        "threads": torch.get_num_threads(),
+    }
+    if command.attack_name == "cpa":
+        found["corr"] = min(correlations(victim.truth.images, pictures[-1][1].float())[0])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

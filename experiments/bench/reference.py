@@ -1,0 +1,86 @@
+"""The attacks as their papers' code runs them, in a page: full budget, default threads, one victim at a time.
+
+What a bench compares with, written from the papers' equations. Each is a generator that yields after every iteration
+what it would answer now, images (N, C, H, W) in the model's units, so that whoever runs it can stop it and look.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Weights = Sequence[Tensor]
+BUDGET = {"dlg": 300, "ig_single": 4800, "cpa": 25000, "rtf": 1}  # iterations, by the authors' code
+
+
+def dlg(model: nn.Module, target: Weights, x: Tensor, classes: int) -> Iterator[Tensor]:
+    """Zhu et al.: images and label logits by L-BFGS on the squared distance; an iteration is a step of 20."""
+    x = x.clone().requires_grad_()
+    y = torch.randn(len(x), classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([x, y])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y.softmax(1))
+        gradient = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        distance = torch.stack([(a - b).square().sum() for a, b in zip(gradient, target, strict=True)]).sum()
+        distance.backward()
+        return distance
+
+    while True:
+        optimizer.step(closure)
+        yield x.detach()
+
+
+def ig_single(model: nn.Module, target: Weights, x: Tensor, labels: Tensor, tv: float = 1e-4) -> Iterator[Tensor]:
+    """Geiping et al.: signed Adam on cosine distance and total variation, in a box."""
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    ends = [round(BUDGET["ig_single"] * share) for share in (3 / 8, 5 / 8, 7 / 8)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, ends, gamma=0.1)
+    while True:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        gradient = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        along = sum((a * b).sum() for a, b in zip(gradient, target, strict=True))
+        sizes = sum(a.square().sum() for a in gradient), sum(b.square().sum() for b in target)
+        objective = 1 - along / (sizes[0].sqrt() * sizes[1].sqrt())
+        rough = (x[..., 1:] - x[..., :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
+        (objective + tv * rough).backward()
+        x.grad = x.grad.sign()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            x.clamp_(0, 1)
+        yield x.detach()
+
+
+def cpa(gradient: Tensor, shape: Sequence[int], n: int) -> Iterator[Tensor]:
+    """Kariyappa et al.: an unmixing V of the whitened rows, by Adam on negentropy, total variation and independence."""
+    rows = gradient - gradient.mean(1, keepdim=True)
+    _, _, vectors = torch.linalg.svd(rows, full_matrices=False)
+    white = vectors[:n] * rows.shape[1] ** 0.5  # (n, d)
+    v = torch.randn(n, n, requires_grad=True)
+    optimizer = torch.optim.Adam([v], lr=1e-3)
+    for _ in count():
+        optimizer.zero_grad()
+        unit = F.normalize(v, dim=1)
+        sources = unit @ white
+        negentropy = (sources.cosh().log().mean(1) - 0.3746).square().mean()  # of a Gaussian: E log cosh = 0.3746
+        images = sources.view(n, *shape)
+        rough = (images[..., 1:] - images[..., :-1]).abs().mean()
+        rough = rough + (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
+        alike = (12.4 * (unit @ unit.T).abs()).exp().triu(1).sum() / (n * (n - 1) / 2)
+        (-negentropy + 3.1 * rough + 1.47 * alike).backward()
+        optimizer.step()
+        low, high = images.detach().amin((1, 2, 3), keepdim=True), images.detach().amax((1, 2, 3), keepdim=True)
+        yield (images.detach() - low) / (high - low)
+
+
+def rtf(weight: Tensor, bias: Tensor, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Fowl et al.: neighbouring rows' differences, divided."""
+    weight, bias = weight.diff(dim=0), bias.diff()
+    hit = bias != 0
+    yield (weight[hit] / bias[hit, None]).view(-1, *shape).clamp(0, 1)
