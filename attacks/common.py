@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attacks.base import Attack, checkpoint, expect_update, progress
+from attacks.lbfgs import Lbfgs
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from models.meta import MetaModel
 from models.winograd import has_bfloat16
@@ -251,17 +252,15 @@ class LbfgsInversion(Attack):
         best, kept = math.inf, [v.detach().clone() for v in variables]
         weight = 0.0
 
-        def closure() -> Tensor:
+        def slopes() -> tuple[float, tuple[Tensor, ...]]:
             nonlocal best, kept
             images = decode(u)
             distance = match.squared_distance(images, variables[1].softmax(1) if labels is None else labels)
             objective = distance + weight * smooth_tv(images) if weight else distance
-            for v, slope in zip(variables, torch.autograd.grad(objective, variables), strict=True):
-                v.grad = slope
             if objective.item() < best:
                 best, kept = objective.item(), [v.detach().clone() for v in variables]
                 reached[0] = distance.item() / match.scale
-            return objective.detach()
+            return objective.item(), torch.autograd.grad(objective, variables)
 
         reached = [math.inf]
         trace: list[float] = []
@@ -273,24 +272,15 @@ class LbfgsInversion(Attack):
                 continue
             weight, best, before = stage * match.scale, math.inf, math.inf
             put(variables, kept)
-            optimizer = torch.optim.LBFGS(
-                variables,
-                lr=self.lr,
-                max_iter=CHUNK,
-                history_size=self.history,
-                line_search_fn=None if self.line_search == "none" else self.line_search,
-                tolerance_grad=0,
-                tolerance_change=0,
-            )
+            optimizer = Lbfgs(variables, slopes, self.lr, self.history, self.line_search == "strong_wolfe")
             if saved is not None:
                 put(variables, saved["variables"])
-                optimizer.load_state_dict(saved["optimizer"])
+                optimizer.load(saved["optimizer"])
                 best, before, kept, trace, done = (saved[k] for k in ("best", "before", "kept", "trace", "done"))
                 reached[0], saved = saved["reached"], None
             end = self.iterations * (number + 1) // len(stages)
             while done < end:
-                optimizer.param_groups[0]["max_iter"] = min(CHUNK, end - done)
-                started = optimizer.step(closure).item()
+                started = optimizer.step(min(CHUNK, end - done))
                 done += min(CHUNK, end - done)
                 trace.append(reached[0])
                 progress(run * self.iterations + done, self.restarts * self.iterations, trace[-1])
@@ -302,7 +292,7 @@ class LbfgsInversion(Attack):
                     break
                 if checkpoint.due():
                     state = {"number": number, "variables": [v.detach() for v in variables], "kept": kept}
-                    state |= {"optimizer": optimizer.state_dict(), "best": best, "before": before}
+                    state |= {"optimizer": optimizer.state(), "best": best, "before": before}
                     checkpoint.save(rng, state | {"reached": reached[0], "trace": trace, "done": done})
             if not reached[0] <= self.stall and 0 < self.patience <= done:
                 break

@@ -14,6 +14,7 @@ LIBRARIES = {
     "attacks.features",
     "attacks.ica",
     "attacks.labels",
+    "attacks.lbfgs",
     "attacks.latent",
     "attacks.linear",
     "attacks.sparsity",
