@@ -213,7 +213,8 @@ def _mean_softmax(seen: Observation, most: int = 5) -> Tensor:
     steps = 1 if seen.update.kind == "gradient" else seen.recipe.steps(seen.update.num_examples)
     shares = torch.linspace(0, 1 - 1 / steps, min(steps, most)).tolist()
     path = [[w - s * d for w, d in zip(meta.weights, seen.update.tensors, strict=True)] for s in shares]
-    return torch.stack([meta(inputs, weights).softmax(1).mean(0) for weights in path]).mean(0)
+    lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))  # unless normalised by the batch
+    return torch.stack([torch.cat([meta(x, w).softmax(1) for x in lots]).mean(0) for w in path]).mean(0)
 
 
 def _rehearsed_bias(labels: Tensor, seen: Observation, seed: int) -> Tensor:
