@@ -148,6 +148,11 @@ class Scene:
         wanted = self.run.jobs or (1 if self.device.type == "cuda" else max(1, cores // self.run.threads))
         return min(wanted, self.run.trials)
 
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where its results go. Settled once: code that is edited while it runs must not move it."""
+        return self.run.out / self.mode / self.command.attack_name / digest(self.facts())
+
     def facts(self) -> dict[str, Any]:
         """Everything that can change a number."""
         flags = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in CHEAP_FLAGS}
@@ -189,7 +194,7 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
     commands = cli.parse(sys.argv[1:], run_cls, discover(), f"python {program}")
     try:
         scenes = [scene_cls(mode, command) for command in commands]  # every point is checked before the first starts
-        folders = [_folder(scene) for scene in scenes]
+        folders = [scene.folder for scene in scenes]
         summaries = []
         while scenes:  # each is let go with its data once it has run
             summaries.append(execute(scenes.pop(0), observations))
@@ -213,7 +218,7 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
 def execute(scene: Scene, observations: Observations) -> dict[str, Any]:
     """Run one scene to `done`, going on where a killed run stopped; a finished one is only shown again."""
     torch.set_num_threads(scene.run.threads)
-    store = Store(_folder(scene))
+    store = Store(scene.folder)
     if store.done and not scene.run.force:
         summary = store.summary()
         print(f"already done ({_shown(store.folder)}; --force runs it again)")
@@ -334,7 +339,7 @@ def _reconstructions(scene: Scene, victims: Iterator[Victim], listen: Listener) 
         return
     for victim in victims:
         progress.listener = functools.partial(listen, victim.trial)
-        yield victim, *_reconstruct(scene.attack, victim.seen, scene.seed, victim.trial, Store(_folder(scene)))
+        yield victim, *_reconstruct(scene.attack, victim.seen, scene.seed, victim.trial, Store(scene.folder))
 
 
 def _reconstruct(
@@ -369,7 +374,7 @@ def _in_workers(scene: Scene, victims: Iterator[Victim], listen: Listener) -> It
     news = context.Queue()
     # by file: a large argument would hold up each worker's start until the one before has come up
     common = tempfile.NamedTemporaryFile(suffix=".pickle")  # noqa: SIM115
-    pickle.dump((scene.attack, scene.public, scene.seed, Store(_folder(scene))), common)
+    pickle.dump((scene.attack, scene.public, scene.seed, Store(scene.folder)), common)
     common.flush()
     shared = (common.name, scene.run.threads, news)
     pending: dict[Future[bytes], Victim] = {}
@@ -481,10 +486,6 @@ def _spread_out(split: data.Split, most: int) -> Batch:
     """The whole split or, of a larger one, `most` images evenly spaced over it."""
     count = min(len(split), most)
     return split.take(torch.linspace(0, len(split) - 1, count).round().long())
-
-
-def _folder(scene: Scene) -> Path:
-    return scene.run.out / scene.mode / scene.command.attack_name / digest(scene.facts())
 
 
 def _content(path: Path) -> str:
