@@ -106,5 +106,7 @@ def test_code_that_is_edited_under_a_run_does_not_move_its_folder(
 ) -> None:
     edits = itertools.count()
     monkeypatch.setattr("utils.run.source_digest", lambda *args: f"edit {next(edits)}")
-    assert in_process("main_grad.py", ["baseline", "--trials", "3", "--out", str(tmp_path)], monkeypatch) == 0
+    monkeypatch.setattr("utils.results.SAVE_EVERY", 0.0)
+    flags = ["ig_single", *SMALL, "--iterations", "3", "--out", str(tmp_path)]
+    assert in_process("main_grad.py", flags, monkeypatch) == 0
     assert (only_run(tmp_path) / "done").exists()
