@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from attacks.adam import Adam
 from attacks.base import Attack, checkpoint, expect_update, progress
 from attacks.lbfgs import Lbfgs
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
@@ -379,7 +380,7 @@ class SignedInversion(Attack):
         x = x.clamp(low, high).detach().requires_grad_()  # (N, C, H, W), as the model takes them
         more = [x.new_full((), v, requires_grad=True) for v in extra]
         steps = [self.lr, *extra.values()]
-        optimizer = torch.optim.Adam([{"params": [v], "lr": lr} for v, lr in zip((x, *more), steps, strict=True)])
+        optimizer = Adam((x, *more))
         best, kept, waited = math.inf, x.detach().clone(), 0
         trace: list[float] = []
         saved = checkpoint.resume(rng)
@@ -390,15 +391,13 @@ class SignedInversion(Attack):
                 continue
             waited, first = 0, 0
             match.meta.halve(half and stage < HALVED)
-            if half and stage == HALVED:
+            if half and stage == HALVED and length:
                 best = math.inf  # what bfloat16 made of the objective is another scale
             if saved is not None:
                 put([x, *more], saved["variables"])
-                optimizer.load_state_dict(saved["optimizer"])
+                optimizer.load(saved["optimizer"])
                 first, waited, best, kept, trace = (saved[k] for k in ("step", "waited", "best", "kept", "trace"))
                 saved = None
-            for group, lr in zip(optimizer.param_groups, steps, strict=True):
-                group["lr"] = lr * 0.1**stage
             for step in range(first, length):
                 loss = cost(task.to_pixels(x), labels, *more)
                 slope, *slopes = torch.autograd.grad(loss, [x, *more])
@@ -408,9 +407,8 @@ class SignedInversion(Attack):
                     best, kept = trace[-1], x.detach().clone()
                 if not math.isfinite(trace[-1]) or 0 < self.patience <= waited:
                     break
-                for v, g in zip((x, *more), (self._with_prior(x, slope), *slopes), strict=True):
-                    v.grad = g.sign() if self.signed else g
-                optimizer.step()
+                slopes = [self._with_prior(x, slope), *slopes]
+                optimizer.step([g.sign() if self.signed else g for g in slopes], [lr * 0.1**stage for lr in steps])
                 with torch.no_grad():
                     x.clamp_(low, high)
                     for v in more:
@@ -418,7 +416,7 @@ class SignedInversion(Attack):
                 progress(run * self.iterations + len(trace), self.restarts * self.iterations, trace[-1])
                 if checkpoint.due():
                     state = {"stage": stage, "step": step + 1, "variables": [v.detach() for v in (x, *more)]}
-                    state |= {"optimizer": optimizer.state_dict(), "waited": waited, "best": best}
+                    state |= {"optimizer": optimizer.state(), "waited": waited, "best": best}
                     checkpoint.save(rng, state | {"kept": kept, "trace": trace})
         return Descent(
             pixels=task.to_pixels(kept).clamp(0, 1),

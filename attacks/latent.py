@@ -78,7 +78,8 @@ class LatentInversion(Attack):
     def prepare(self, task: Task, public: Batch, about: Mapping[str, Any]) -> None:
         if self.generator_file is not None:
             priors.require(self.generator_file, task, public)
-        self.belief(public, task.num_classes, about)
+        elif self.generator != "class_pca":
+            self.belief(public, task.num_classes, about)
 
     def belief(self, public: Batch, classes: int, about: Mapping[str, Any] | None = None) -> Prior:
         """G, fitted to or trained on these public images."""
@@ -98,7 +99,7 @@ class LatentInversion(Attack):
         return discover()["ig_single"](iterations=self.pixels) if self.pixels else None
 
     def score(self, match: Matching, prior: Prior, labels: Tensor) -> Score:
-        """The objective; where the noise's deviation s is known, -log p(z | g*) = D / (2 s^2) - log p(z), times s^2."""
+        """The objective; where the noise's deviation s is known, -log p(z | g*) = D / (2 s^2) - log p(z), scaled."""
         tensors = len(match.target)
         noise = match.noise if self.noise is None else self.noise
 

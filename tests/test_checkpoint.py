@@ -1,5 +1,6 @@
 """A run that is killed in the middle of a trial, again and again, ends with the rows of one that was left alone."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,14 @@ def test_a_disk_that_fails_in_the_middle_is_one_line(
     said = capsys.readouterr().err.strip().split("\n")[-1]
     assert code == 2
     assert said.startswith("error: No space left on device (rows.jsonl)")
+
+
+def test_code_that_is_edited_under_a_run_does_not_move_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = itertools.count()
+    monkeypatch.setattr("utils.run.source_digest", lambda *args: f"edit {next(edits)}")
+    monkeypatch.setattr("utils.results.SAVE_EVERY", 0.0)
+    flags = ["ig_single", *SMALL, "--iterations", "3", "--out", str(tmp_path)]
+    assert in_process("main_grad.py", flags, monkeypatch) == 0
+    assert (only_run(tmp_path) / "done").exists()

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -66,12 +67,12 @@ def test_cosine_distance_is_of_all_layers_as_one_vector() -> None:
 def test_step_size_falls_at_three_five_and_seven_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
 
-    class Spy(torch.optim.Adam):
-        def step(self) -> None:  # type: ignore[override]
-            rates.append(self.param_groups[0]["lr"])
-            super().step()
+    class Spy(common.Adam):
+        def step(self, slopes: Sequence[torch.Tensor], lr: Sequence[float]) -> None:
+            rates.append(lr[0])
+            super().step(slopes, lr)
 
-    monkeypatch.setattr(common.torch.optim, "Adam", Spy)
+    monkeypatch.setattr(common, "Adam", Spy)
     _, seen = scene(1)
     REGISTRY["ig_single"](iterations=16, patience=0).reconstruct(seen, torch.Generator().manual_seed(0))
     assert rates == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2)

@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 
 ROOMS = ("attacks", "data", "defenses", "federated", "models", "utils")
 LIBRARIES = {
+    "attacks.adam",
     "attacks.base",
     "attacks.common",
     "attacks.features",

@@ -152,6 +152,11 @@ class Scene:
         alone = self.run.trials == 1 and sum(p.numel() for p in self.model.parameters()) > LARGE
         return self.run.threads or (_cores() if alone else 1)
 
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where its results go. Settled once: code that is edited while it runs must not move it."""
+        return self.run.out / self.mode / self.command.attack_name / digest(self.facts())
+
     def facts(self) -> dict[str, Any]:
         """Everything that can change a number."""
         flags = {k: v for k, v in dataclasses.asdict(self.run).items() if k not in CHEAP_FLAGS}
@@ -194,7 +199,7 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
     commands = cli.parse(sys.argv[1:], run_cls, discover(), f"python {program}")
     try:
         scenes = [scene_cls(mode, command) for command in commands]  # every point is checked before the first starts
-        folders = [_folder(scene) for scene in scenes]
+        folders = [scene.folder for scene in scenes]
         summaries = []
         while scenes:  # each is let go with its data once it has run
             summaries.append(execute(scenes.pop(0), observations))
@@ -218,7 +223,7 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
 def execute(scene: Scene, observations: Observations) -> dict[str, Any]:
     """Run one scene to `done`, going on where a killed run stopped; a finished one is only shown again."""
     torch.set_num_threads(scene.threads)
-    store = Store(_folder(scene))
+    store = Store(scene.folder)
     if store.done and not scene.run.force:
         summary = store.summary()
         print(f"already done ({_shown(store.folder)}; --force runs it again)")
@@ -379,10 +384,6 @@ def _spread_out(split: data.Split, most: int) -> Batch:
     """The whole split or, of a larger one, `most` images evenly spaced over it."""
     count = min(len(split), most)
     return split.take(torch.linspace(0, len(split) - 1, count).round().long())
-
-
-def _folder(scene: Scene) -> Path:
-    return scene.run.out / scene.mode / scene.command.attack_name / digest(scene.facts())
 
 
 def _content(path: Path) -> str:

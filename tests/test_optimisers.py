@@ -1,8 +1,9 @@
-"""L-BFGS in two matrices takes torch's steps, and goes on from a state to the bit."""
+"""Optimisers of our own take torch's steps, and go on from a state to the bit."""
 
 import pytest
 import torch
 
+from attacks.adam import Adam
 from attacks.lbfgs import Lbfgs
 
 
@@ -69,3 +70,24 @@ def test_nothing_left_to_descend_ends_it() -> None:
     optimizer = Lbfgs([x], lambda: (1.0, (torch.zeros(3),)), 1.0, 5, True)
     assert optimizer.step(10) == 1.0
     assert torch.equal(x.detach(), torch.zeros(3))
+
+
+def test_adam_is_torchs_and_goes_on_from_a_state() -> None:
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(3, 2, generator=rng), torch.randn((), generator=rng)]
+    a, b = ([v.clone() for v in start] for _ in range(2))
+    rates = [0.1, 0.003]
+    optimizer = Adam(a)
+    torchs = torch.optim.Adam([{"params": [v], "lr": lr} for v, lr in zip(b, rates, strict=True)])
+    for step in range(9):
+        slopes = [torch.randn(v.shape, generator=rng) for v in a]
+        optimizer.step(slopes, rates)
+        for v, g in zip(b, slopes, strict=True):
+            v.grad = g
+        torchs.step()
+        if step == 4:
+            again, c = optimizer.state(), [v.clone() for v in a]
+            optimizer = Adam(c)
+            optimizer.load(again)
+            a = c
+    torch.testing.assert_close(a, b)
