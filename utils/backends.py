@@ -64,6 +64,7 @@ class Shared:
         checkpoint.attend(state, saved.due, lambda state: saved.save({**state, "seconds": time.perf_counter() - start}))
         rec = _plain(self.attack.reconstruct(seen, self.stream("attack", trial)), seen.task)
         seconds = round(time.perf_counter() - start, 3)
+        checkpoint.attend(None, lambda: False, lambda state: None)
         companion = self.attack.companion()
         if companion is None:
             return rec, None, seconds
