@@ -100,22 +100,24 @@ class RobbingTheFed(Attack):
         block = seen.model
         assert isinstance(block, Imprint), f"an update of {type(block).__name__}, not of a model with the block"
         weight, bias = (t.double() for t in seen.update.tensors[:2])  # (K, N), (K,)
+        noise = 2**-21 * weight.norm(dim=1)  # what float32 leaves of a row that is subtracted from its like
         if not block.sparse:
             weight, bias = -weight.diff(dim=0, append=weight[:1] * 0), -bias.diff(append=bias[:1] * 0)
         low, high = block.edges[:-1].double(), block.edges[1:].double()
         if self.one_shot:
-            weight, bias, low, high = weight[:1], bias[:1], low[:1], high[:1]
-        images = self.scaled(
-            weight, bias, low, high, exact=seen.update.kind == "gradient" or block.connection == "split"
-        )
+            weight, bias, low, high, noise = weight[:1], bias[:1], low[:1], high[:1], noise[:1]
+        stepped = seen.update.kind == "delta"
+        images = self.scaled(weight, bias, low, high, exact=not stepped or block.connection == "split")
         size = weight.norm(dim=1)
-        rounding = 2**-24 * block.weight.double().norm(dim=1).max() if seen.update.kind == "delta" else 0.0
-        hit = (size > rounding) & (size > 1e-4 * size.max())
+        if stepped:
+            noise = torch.maximum(2**-24 * block.weight.double().norm(dim=1).max(), 1e-4 * size.max())
+        hit = size > noise
         images = images.view(-1, *seen.task.image_shape)
         hit &= plausible(images)
         order = hit.nonzero().flatten()
         order = order[size[order].argsort(descending=True)]
-        kept = order[distinct(images[order])]
+        # in one gradient an image stands in one row, and two that look alike are two; steps show it to several
+        kept = order[distinct(images[order])] if stepped else order
         found = images[kept].clamp(0, 1).float()
         return Reconstruction(found, status="ok" if len(found) else "diverged")
 
