@@ -60,6 +60,7 @@ OWN_COLUMNS: dict[str, Any] = {
     "control": lambda s: number(s.get("control"), 3),
     "oracle corr": lambda s: number(s.get("oracle_corr"), 3),
     "oracle affine dB": lambda s: number(s.get("oracle_affine_psnr"), 1),
+    "sign right": lambda s: number(s.get("sign_ok"), 3),
 }
 KEYS = (
     "ceiling",
@@ -68,6 +69,7 @@ KEYS = (
     "control",
     "oracle_corr",
     "oracle_affine_psnr",
+    "sign_ok",
 )  # without which none is shown
 
 
