@@ -21,7 +21,7 @@ from attacks.base import Attack, progress, register
 from attacks.features import Embedding, Tail, hidden_layer, invert_features
 from attacks.ica import GAUSS, differences, fast_ica, log_cosh, rotation, whitening
 from attacks.linear import explain, has_relu, head_scale, layer_gradient, pixel_layer, public_inputs, slopes, to_image
-from attacks.sparsity import Search, measure
+from attacks.sparsity import SURE, Search, factors, measure, named
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
 
@@ -96,10 +96,11 @@ class CocktailParty(Attack):
         if self.refine and self.start in ("differences", "pixels") and has_relu(model):
             see = self.see(task if pictures else None, whiter)
             known = search.follow(see, rng)
-            search.settle(lambda chosen: measure(model, search, chosen, inputs, public, n, bias)[:2])
+            search.settle(lambda slope: measure(model, search, slope, inputs, public, n, bias))
             better = [search.sources(known, see, rng)] if 0 < len(known) < search.rank else []
-        if search.doubt <= 0.002:
-            x, labels = search.best
+        if search.best is not None and search.doubt <= SURE:
+            x, slope = search.best
+            labels, _ = named(model, layer, x, slope, inputs)
             sources, trace = x, (search.doubt,)
         else:
             sources, trace = self.unmix(gradient, n, task if pictures else None, rng, whiter)
@@ -171,6 +172,8 @@ class CocktailParty(Attack):
         x = scale[:, None] * sources
         best, least, previous = (x, labels, 1.0), 0.4, math.inf
         size = gradient.norm(dim=1).median()
+        left, sizes, right = factors(gradient)
+        whole = left * sizes  # (h, k), rows as long and as far apart as the gradient's
         for number in range(self.refine):
             said = slopes(model, layer, inputs(x)).double() / n
             if number < 3:
@@ -178,9 +181,10 @@ class CocktailParty(Attack):
             d = said[torch.arange(len(x)), labels].T  # (h, r)
             weight = torch.ones_like(d[:, :1])
             for _ in range(5):
-                x = torch.linalg.lstsq(weight * d, weight * gradient).solution
-                residual = (gradient - d @ x).norm(dim=1, keepdim=True)
+                turned = torch.linalg.lstsq(weight * d, weight * whole).solution  # (r, k)
+                residual = (whole - d @ turned).norm(dim=1, keepdim=True)
                 weight = (residual + 1e-3 * residual.median() + 1e-30).rsqrt()
+            x = turned @ right
             share = (residual.median() / size).item()
             if share < least:
                 best, least = (x, labels, share), share
