@@ -173,7 +173,7 @@ class CocktailParty(Attack):
         best, least, previous = (x, labels, 1.0), 0.4, math.inf
         size = gradient.norm(dim=1).median()
         left, sizes, right = factors(gradient)
-        whole = left * sizes  # (h, k), rows as long and as far apart as the gradient's
+        whole, right = (left * sizes)[:, :n], right[:n]  # (h, n), rows as long and as far apart as the gradient's
         for number in range(self.refine):
             said = slopes(model, layer, inputs(x)).double() / n
             if number < 3:
