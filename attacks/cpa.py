@@ -45,6 +45,7 @@ class CocktailParty(Attack):
     restarts: int = hp(3, "FastICA runs from random rotations; the least Gaussian wins", least=1, paper=1)
     iterations: int = hp(400, "at the most, of FastICA or Adam", least=1, paper=25000, source="authors' README")
     lr: float = hp(1e-2, "Adam's", above=0, paper=1e-3, source="authors' README")
+    schedule: Literal["cosine", "constant"] = hp("cosine", "of Adam's rate", paper="constant", source="authors' code")
     tv: float = hp(3.1, "Adam: weight of total variation", least=0, source="authors' README, FC2")
     mi: float = hp(1.47, "Adam: weight of mutual independence", least=0, source="authors' README, FC2")
     sharpness: float = hp(12.4, "Adam: T, of mutual independence", above=0, source="authors' README, FC2")
@@ -198,7 +199,8 @@ class CocktailParty(Attack):
         """The paper's objective by Adam: -negentropy + mi * mutual independence + tv * total variation."""
         v = torch.eye(len(white), dtype=white.dtype, device=white.device, requires_grad=True)
         optimizer = torch.optim.Adam([v], lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
+        end = self.lr if self.schedule == "constant" else 0.0
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations, end)
         trace = []
         for iteration in range(self.iterations):
             rows = F.normalize(v, dim=1)
