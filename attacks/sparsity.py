@@ -162,13 +162,13 @@ class Search:
         for banned in [None, *self.chosen()]:
             chosen = self.chosen(banned)
             key = tuple(self.names[chosen].tolist())
-            if banned is not None and (self.doubt <= SURE or (self.doubt >= 0.1 and not near)):
+            if banned is not None and (not self.doubt or (self.doubt >= 0.1 and not near)):
                 break
             if not key or key in self.tried or (len(key) < self.rank and self.best is not None):
                 continue
             self.tried.add(key)
             self.judge(measured(self.columns(chosen)))
-        while self.best is not None and SURE < self.doubt < 0.1 and self.best[1].shape[1] == self.rank:
+        while self.best is not None and 0 < self.doubt < 0.1 and self.best[1].shape[1] == self.rank:
             if not self.judge(measured(self.mended(*self.best))):
                 break
 
