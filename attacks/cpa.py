@@ -105,7 +105,7 @@ class CocktailParty(Attack):
             sources, trace = x, (search.doubt,)
         else:
             sources, trace = self.unmix(gradient, n, task if pictures else None, rng, whiter)
-            starts = [sources, *better]
+            starts = [*better, sources]  # where neither explains the gradient, as after local steps, the first
             ends = [self.consistent(model, layer, gradient, start, inputs, public, n) for start in starts]
             sources, (x, labels, _) = min(zip(starts, ends, strict=True), key=lambda run: run[1][2])
         granted = seen.granted.get("labels")
