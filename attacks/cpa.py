@@ -21,7 +21,7 @@ from attacks.base import Attack, progress, register
 from attacks.features import Embedding, Tail, hidden_layer, invert_features
 from attacks.ica import GAUSS, differences, fast_ica, log_cosh, rotation, whitening
 from attacks.linear import explain, has_relu, head_scale, layer_gradient, pixel_layer, public_inputs, slopes, to_image
-from attacks.sparsity import Search, measure
+from attacks.sparsity import SURE, Search, factors, measure, named
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
 
@@ -45,6 +45,7 @@ class CocktailParty(Attack):
     restarts: int = hp(3, "FastICA runs from random rotations; the least Gaussian wins", least=1, paper=1)
     iterations: int = hp(400, "at the most, of FastICA or Adam", least=1, paper=25000, source="authors' README")
     lr: float = hp(1e-2, "Adam's", above=0, paper=1e-3, source="authors' README")
+    schedule: Literal["cosine", "constant"] = hp("cosine", "of Adam's rate", paper="constant", source="authors' code")
     tv: float = hp(3.1, "Adam: weight of total variation", least=0, source="authors' README, FC2")
     mi: float = hp(1.47, "Adam: weight of mutual independence", least=0, source="authors' README, FC2")
     sharpness: float = hp(12.4, "Adam: T, of mutual independence", above=0, source="authors' README, FC2")
@@ -96,14 +97,15 @@ class CocktailParty(Attack):
         if self.refine and self.start in ("differences", "pixels") and has_relu(model):
             see = self.see(task if pictures else None, whiter)
             known = search.follow(see, rng)
-            search.settle(lambda chosen: measure(model, search, chosen, inputs, public, n, bias)[:2])
+            search.settle(lambda slope: measure(model, search, slope, inputs, public, n, bias))
             better = [search.sources(known, see, rng)] if 0 < len(known) < search.rank else []
-        if search.doubt <= 0.002:
-            x, labels = search.best
+        if search.best is not None and search.doubt <= SURE:
+            x, slope = search.best
+            labels, _ = named(model, layer, x, slope, inputs)
             sources, trace = x, (search.doubt,)
         else:
             sources, trace = self.unmix(gradient, n, task if pictures else None, rng, whiter)
-            starts = [sources, *better]
+            starts = [*better, sources]  # where neither explains the gradient, as after local steps, the first
             ends = [self.consistent(model, layer, gradient, start, inputs, public, n) for start in starts]
             sources, (x, labels, _) = min(zip(starts, ends, strict=True), key=lambda run: run[1][2])
         granted = seen.granted.get("labels")
@@ -171,6 +173,8 @@ class CocktailParty(Attack):
         x = scale[:, None] * sources
         best, least, previous = (x, labels, 1.0), 0.4, math.inf
         size = gradient.norm(dim=1).median()
+        left, sizes, right = factors(gradient)
+        whole, right = (left * sizes)[:, :n], right[:n]  # (h, n), rows as long and as far apart as the gradient's
         for number in range(self.refine):
             said = slopes(model, layer, inputs(x)).double() / n
             if number < 3:
@@ -178,9 +182,10 @@ class CocktailParty(Attack):
             d = said[torch.arange(len(x)), labels].T  # (h, r)
             weight = torch.ones_like(d[:, :1])
             for _ in range(5):
-                x = torch.linalg.lstsq(weight * d, weight * gradient).solution
-                residual = (gradient - d @ x).norm(dim=1, keepdim=True)
+                turned = torch.linalg.lstsq(weight * d, weight * whole).solution  # (r, k)
+                residual = (whole - d @ turned).norm(dim=1, keepdim=True)
                 weight = (residual + 1e-3 * residual.median() + 1e-30).rsqrt()
+            x = turned @ right
             share = (residual.median() / size).item()
             if share < least:
                 best, least = (x, labels, share), share
@@ -194,7 +199,8 @@ class CocktailParty(Attack):
         """The paper's objective by Adam: -negentropy + mi * mutual independence + tv * total variation."""
         v = torch.eye(len(white), dtype=white.dtype, device=white.device, requires_grad=True)
         optimizer = torch.optim.Adam([v], lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
+        end = self.lr if self.schedule == "constant" else 0.0
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations, end)
         trace = []
         for iteration in range(self.iterations):
             rows = F.normalize(v, dim=1)

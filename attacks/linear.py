@@ -74,9 +74,9 @@ def to_image(rows: Tensor, task: Task) -> Tensor:
     return task.to_pixels(rows.view(-1, *task.image_shape))
 
 
-def plausible(pixels: Tensor, slack: float = 0.1, most: float = 0.1) -> Tensor:
-    """(M,) which of `pixels` (M, C, H, W) are images: at most a tenth lies outside [0, 1] by more than a tenth."""
-    outside = (pixels < -slack) | (pixels > 1 + slack) | ~pixels.isfinite()
+def plausible(pixels: Tensor, slack: float = 0.1, most: float = 0.1, white: float = 1.0) -> Tensor:
+    """(M,) which of `pixels` (M, C, H, W) are images: at most a tenth lies outside [0, white] by more than a tenth."""
+    outside = (pixels < -slack) | (pixels > white + slack) | ~pixels.isfinite()
     return outside.flatten(1).double().mean(1) <= most
 
 

@@ -20,6 +20,7 @@ ZERO = 1e-6  # entries of a unit vector below this are zero
 USUAL = 0.8  # of the zeros an image has at the least: the share it takes to be sure of a vector
 TURNS = 4  # from images to vectors and back, where nothing certain comes of them
 ROUNDS = 20  # in which lengths and the head's answer to them settle
+SURE = 0.002  # share of signs that do not fit: one wrong vector among a hundred would be more
 
 
 class Search:
@@ -32,7 +33,7 @@ class Search:
     def __init__(self, layer: nn.Linear, gradient: Tensor, n: int, public: Tensor) -> None:
         """`public`: inputs (m, d) of `layer` that are of the kind the images' are."""
         self.layer, self.gradient = layer, gradient
-        left, sizes, _ = torch.linalg.svd(gradient, full_matrices=False)
+        left, sizes, _ = factors(gradient)
         self.rank = int((sizes[:n] > 4 * sizes[n]).sum())  # from the (n + 1)th value on there is nothing but rounding
         self.live = gradient.norm(dim=1) > 1e-6 * gradient.norm(dim=1).max()
         self.factor = left[self.live, : self.rank] * sizes[: self.rank]  # L (h, r)
@@ -43,12 +44,13 @@ class Search:
         self.usual = (silent @ self.prior).quantile(0.02)  # zeros an image has at the least
         self.lengths = public.double().norm(dim=1).detach().quantile(torch.tensor([0.5, 0.1, 0.9]).to(gradient))
         self.white, self.root = torch.linalg.qr(self.factor)  # (h, r), (r, r)
+        self.mixed = self.white.T @ gradient[self.live]  # (r, d)
         self.squares = (self.white[:, :, None] * self.white[:, None]).flatten(1)  # (h, r * r)
         self.found = self.factor.new_empty(0, len(self.factor))  # (m, h), of unit length
         self.zeros = self.factor.new_empty(0)  # (m,)
         self.names = torch.empty(0, dtype=torch.int64)  # (m,), one for each vector that was ever found
         self.count = 0
-        self.best: tuple[Tensor, Tensor] | None = None
+        self.best: tuple[Tensor, Tensor] | None = None  # images (r, d), and the columns of D (H, r) they come from
         self.doubt = 1.0
         self.tried: set[tuple[int, ...]] = set()
 
@@ -57,6 +59,10 @@ class Search:
         slope = self.gradient.new_zeros(len(self.gradient), len(chosen))
         slope[self.live] = self.found[chosen].T
         return slope
+
+    def rows(self, slope: Tensor) -> Tensor:
+        """X (r, d) of columns D (H, r)."""
+        return torch.linalg.lstsq(self.white.T @ slope[self.live], self.mixed).solution
 
     def certain(self) -> list[int]:
         """Which of the found are columns of D beyond doubt: as many zeros as images have, and none of them made."""
@@ -68,31 +74,60 @@ class Search:
         Once d_i is found, rows without a trace of image i are mixed from the others alone, and unmixed anew. Where
         nothing certain comes of images, vectors that fit them still make better images.
         """
-        idle = 0
-        for number in range(rounds):
-            known = self.certain()
+        idle, known = 0, self.certain()
+        for _ in range(rounds):
             if len(known) == self.rank or idle == 2:
                 break
             span, rows = self.others(known)
             sources = unmix(rows, len(rows), see, rng)
             anchors = self.anchors(span, rows, sources)
             for _ in range(TURNS):
-                believed = self.silent(sources, self.lengths[: 3 if number else 1])  # (s, m, h)
+                believed = self.silent(sources, self.lengths[: 3 if idle else 1])  # (s, m, h)
                 q = self.toward(anchors.repeat(len(believed), 1), believed.flatten(0, 1)).view(-1, *anchors.shape)
                 self.join(q.flatten(0, 1))
-                if len(self.certain()) > len(known):
+                sure = self.certain()
+                if len(sure) > len(known):
                     break
                 misfit = ((q @ self.white.T).abs() * believed).sum(2) / believed.sum(2)  # (s, m)
                 anchors = q[misfit.argmin(0), torch.arange(len(anchors))]
                 sources = torch.linalg.lstsq(span.T @ anchors.T, rows).solution
-            idle = 0 if len(self.certain()) > len(known) else idle + 1
+            idle = 0 if len(sure) > len(known) else idle + 1
+            known = sure
+        self.untangle()
         return self.certain()
+
+    def untangle(self) -> None:
+        """The sparsest vectors in the plane of any two of the chosen join the found.
+
+        Of two images that pass nearly the same neurons, either d_i plus some of the other is nearly as sparse as d_i.
+        """
+        for _ in range(3):
+            chosen = self.chosen()
+            v = self.found[chosen]  # (m, h)
+            if len(v) < 2:
+                return
+            full = v.abs() > 10 * self.rounding(v.T)[:, None]
+            i, j = torch.cartesian_prod(torch.arange(len(v)), torch.arange(len(v))).T
+            i, j = i[i != j], j[i != j]
+            # c that makes row k of v_i + c v_j zero; where several rows name one c, they have one reason
+            c = torch.where(full[i] & full[j], -v[i] / v[j], torch.inf).sort(1).values  # (p, h)
+            gap = ((c[:, 2:] - c[:, :-2]) / c[:, 1:-1].abs()).nan_to_num(torch.inf, torch.inf, torch.inf)
+            least, at = gap.min(1)
+            vectors = _unit(v[i] + c.gather(1, at[:, None] + 1) * v[j])[least < 1e-3]
+            zeros = self.empty(vectors.T).T.double() @ self.prior  # (p,)
+            sparser = zeros > self.zeros[chosen][i[least < 1e-3]] - 1
+            if not sparser.any():
+                return
+            before = set(self.names[chosen].tolist())
+            self.join(vectors[sparser] @ self.white)
+            if set(self.names[self.chosen()].tolist()) == before:
+                return
 
     def others(self, known: list[int]) -> tuple[Tensor, Tensor]:
         """Of the images whose d_i are not `known`: the span of q orthogonal to the known (r, m), rows that mix them."""
         q = self.white.T @ self.found[known].T  # (r, k)
         span = torch.linalg.qr(q, mode="complete")[0][:, len(known) :]
-        return span, span.T @ self.white.T @ self.gradient[self.live]
+        return span, span.T @ self.mixed
 
     def anchors(self, span: Tensor, rows: Tensor, sources: Tensor) -> Tensor:
         """q (m, r) of sources (m, d) unmixed from rows (m, d), but for what the true ones share with the known."""
@@ -111,39 +146,72 @@ class Search:
         span, rows = self.others(known)
         theirs = unmix(rows, len(rows), see, rng)
         q = torch.cat([self.found[known] @ self.white, self.anchors(span, rows, theirs)])
-        x = torch.linalg.lstsq(q.T, self.white.T @ self.gradient[self.live]).solution
+        x = torch.linalg.lstsq(q.T, self.mixed).solution
         # x_i of a known d_i may still hold any multiple of the others: take what makes `see` of them uncorrelated
         mine, theirs = x[: len(known)], x[len(known) :]
         shared = torch.linalg.lstsq(see(theirs).T, see(mine).T).solution  # (m, k)
         return torch.cat([mine - shared.T @ theirs, theirs])
 
-    def settle(self, measured: Callable[[list[int]], tuple[Tensor, Tensor]]) -> None:
-        """The set of vectors whose images fit its zeros best becomes `best`: what `measured` made of it, images first.
+    def settle(self, measured: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """The columns (H, r) whose images fit their zeros best become `best`: what `measured` makes of them.
 
         `doubt` is the share of outputs whose sign under these images does not fit. Near the end it may be one vector
-        that stands in a sparser one's place: sets without each are tried as well.
+        that stands in a sparser one's place: sets without each are tried as well, and then two columns at a time.
         """
         near = len(self.certain()) == self.rank
         for banned in [None, *self.chosen()]:
             chosen = self.chosen(banned)
             key = tuple(self.names[chosen].tolist())
-            if banned is not None and self.doubt >= 0.1 and not near:
+            if banned is not None and (not self.doubt or (self.doubt >= 0.1 and not near)):
                 break
             if not key or key in self.tried or (len(key) < self.rank and self.best is not None):
                 continue
             self.tried.add(key)
-            answer = measured(chosen)
-            outputs = self.layer(answer[0].to(self.layer.weight.dtype)).T[self.live]  # (h, r)
-            doubt = ((outputs < 0) != self.empty(self.found[chosen].T)).double().mean().item()
-            if self.best is None or doubt < self.doubt:
-                self.best, self.doubt = answer, doubt
+            self.judge(measured(self.columns(chosen)))
+        while self.best is not None and 0 < self.doubt < 0.1 and self.best[1].shape[1] == self.rank:
+            if not self.judge(measured(self.mended(*self.best))):
+                break
 
-    def toward(self, anchors: Tensor, believed: Tensor, steps: int = 40) -> Tensor:
+    def judge(self, answer: tuple[Tensor, Tensor]) -> bool:
+        """Whether images (r, d) and their columns (H, r) fit better than the best, which they then are."""
+        passed = self.layer(answer[0].to(self.layer.weight.dtype)).T[self.live] >= 0  # (h, r)
+        doubt = (passed == self.empty(answer[1][self.live])).double().mean().item()
+        better = self.best is None or doubt < self.doubt
+        if better:
+            self.best, self.doubt = answer, doubt
+        return better
+
+    def mended(self, x: Tensor, slope: Tensor) -> Tensor:
+        """Columns (H, r) of which one, d_i, got rid of what it had of another.
+
+        Where d_i - c d_j stands for d_i, x_j + c x_i stands for x_j, and no other image is wrong. Of all c that make
+        one more entry zero, and all i and j, the best is the one under which the signs of both images fit best.
+        """
+        d = slope[self.live]
+        z = self.layer(x.to(self.layer.weight.dtype)).T[self.live].to(d)  # (h, r)
+        empty, full = self.empty(d), ~self.empty(10 * d)
+        misfits = ((z < 0) != empty).double().mean(0)  # (r,)
+        best, columns = 0.0, slope
+        for j in misfits.argsort(descending=True)[:4].tolist():
+            for i in (i for i in range(self.rank) if i != j):
+                rows = full[:, i] & full[:, j]
+                c = -d[rows, i] / d[rows, j]  # (k,)
+                cleaned = d[:, i, None] + c * d[:, j, None]  # (h, k)
+                signs = (z[:, j, None] - c * z[:, i, None]) * (1 - c) < 0
+                theirs = (signs != empty[:, j, None]).double().mean(0)
+                mine = (self.empty(cleaned) != (z[:, i, None] < 0)).double().mean(0)
+                gain = misfits[i] + misfits[j] - theirs - mine
+                if len(c) and gain.max() > best:
+                    best, columns = gain.max().item(), slope.clone()
+                    columns[self.live, i] = self.polish(_unit(cleaned[:, gain.argmax()][None]))[0]
+        return columns
+
+    def toward(self, anchors: Tensor, believed: Tensor, steps: int = 24) -> Tensor:
         """argmin_q |L q|_1 over rows `believed` (m, h) empty, with q a = 1 for `anchors` a (m, r): unit q (m, r)."""
         anchors = _unit(anchors)
         q, ridge = anchors, 1e-14 * torch.eye(self.rank).to(anchors)
         for step in range(steps):
-            floor = max(0.1 * 0.65**step, 1e-9)
+            floor = 0.1 * 0.46**step
             pull = believed / ((_unit(q) @ self.white.T).abs() + floor)
             moment = (pull / pull.sum(1, keepdim=True).clamp(min=1e-300)) @ self.squares
             q = torch.linalg.solve_ex(moment.view(-1, self.rank, self.rank) + ridge, anchors[:, :, None])[0].squeeze(2)
@@ -164,8 +232,10 @@ class Search:
         chosen: list[int] = []
         basis = self.white.new_zeros(len(self.white), 0)
         for i, vector in enumerate(self.found):
+            if len(chosen) == self.rank:
+                break
             rest = vector - basis @ (basis.T @ vector)
-            if i != banned and rest.norm() > 1e-3 and len(chosen) < self.rank:
+            if i != banned and rest.norm() > 1e-3:
                 chosen.append(i)
                 basis = torch.cat([basis, (rest / rest.norm())[:, None]], 1)
         return chosen
@@ -197,9 +267,11 @@ class Search:
     def join(self, q: Tensor) -> None:
         """The vectors that unit q (m, r) name, made as sparse as their neighbourhood allows, join the found."""
         vectors = self.polish((self.white @ q.T).T)
-        order = self.worth(vectors).argsort(descending=True, stable=True)
+        worth = self.worth(vectors)
+        order = worth.argsort(descending=True, stable=True)
         # a cut before copies are gone would leave copies of the easiest image only
-        self.keep(vectors[order[_first(vectors[order], 1e-5)][: 4 * self.rank]])
+        order = order[_first(vectors[order], 1e-5)][: 4 * self.rank]
+        self.keep(vectors[order], worth[order])
 
     def polish(self, vectors: Tensor) -> Tensor:
         """Vectors (m, h) that are zero, as nearly as L's rounding allows, on all rows where these nearly are."""
@@ -213,9 +285,9 @@ class Search:
             vectors = torch.where(enough[:, None], better, vectors)
         return vectors
 
-    def keep(self, vectors: Tensor) -> None:
+    def keep(self, vectors: Tensor, worth: Tensor) -> None:
         """Merge vectors (m, h) with those found before."""
-        found, zeros = torch.cat([self.found, vectors]), torch.cat([self.zeros, self.worth(vectors)])
+        found, zeros = torch.cat([self.found, vectors]), torch.cat([self.zeros, worth])
         names = torch.cat([self.names, self.count + torch.arange(len(vectors))])
         self.count += len(vectors)
         order = zeros.argsort(descending=True, stable=True)
@@ -247,33 +319,43 @@ def _first(vectors: Tensor, same: float) -> Tensor:
     return ~alike.tril(-1).any(1)
 
 
+def factors(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (h, k), s (k,), V (k, d) with gradient (h, d) = U diag(s) V; a QR first makes it three times faster."""
+    if gradient.shape[0] > gradient.shape[1]:
+        return torch.linalg.svd(gradient, full_matrices=False)
+    directions, corner = torch.linalg.qr(gradient.T)
+    left, sizes, right = torch.linalg.svd(corner.T)
+    return left, sizes, right @ directions.T
+
+
 def measure(
     model: nn.Module,
     search: Search,
-    chosen: list[int],
+    slope: Tensor,
     inputs: Callable[[Tensor], Tensor],
     public: Tensor,
     n: int,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs X (r, d) of the layer, labels (r,), and how well every class would explain each (r, classes).
+) -> tuple[Tensor, Tensor]:
+    """Inputs X (r, d) of the layer and the columns of D (H, r), to their lengths.
 
-    D's columns, the vectors `chosen`, are known up to their length, which the bias gradient (H,) gives, D s = dL/db, or
-    else the head does. `inputs` makes of rows (r, d) what the model takes, `public` are such inputs of public images.
+    The columns `slope` are known up to their length, which the bias gradient (H,) gives, D s = dL/db, or else the
+    head does. `inputs` makes of rows (r, d) what the model takes, `public` are such inputs of public images.
     """
-    layer, gradient, slope = search.layer, search.gradient, search.columns(chosen)
-    x = torch.linalg.lstsq(slope, gradient).solution
-
-    def said() -> Tensor:  # (r, classes, h)
-        return slopes(model, layer, inputs(x)).double() / n
-
+    x = search.rows(slope)
     if bias is not None:
         length = torch.linalg.lstsq(slope, bias[:, None]).solution.squeeze(1)
-        x, slope = x / length[:, None], slope * length
-    else:
-        scale, _ = head_scale(model, layer, gradient, x, public, n)
-        for _ in range(ROUNDS):
-            x, slope = x * scale[:, None], slope / scale
-            scale, _ = explain(slope.T, said())
-    guess = said()
-    return x, explain(slope.T, guess)[1], F.cosine_similarity(guess, slope.T[:, None], dim=2)
+        return x / length[:, None], slope * length
+    scale, _ = head_scale(model, search.layer, search.gradient, x, public, n)
+    for _ in range(ROUNDS):
+        x, slope = x * scale[:, None], slope / scale
+        scale, _ = explain(slope.T, slopes(model, search.layer, inputs(x)).double() / n)
+    return x, slope
+
+
+def named(
+    model: nn.Module, layer: nn.Linear, x: Tensor, slope: Tensor, inputs: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Labels (r,) of images (r, d) whose columns of D are `slope` (H, r), and how well each class explains them."""
+    guess = slopes(model, layer, inputs(x)).double()  # (r, classes, h)
+    return explain(slope.T, guess)[1], F.cosine_similarity(guess, slope.T[:, None], dim=2)

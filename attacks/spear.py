@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from attacks.base import Attack, progress, register
 from attacks.ica import differences
 from attacks.linear import assign_granted, has_relu, layer_gradient, public_inputs, require_pixel_layer, to_image
-from attacks.sparsity import Search, measure
+from attacks.sparsity import SURE, Search, measure, named
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
 
 CHUNK = 512  # draws brought down together
 # share of outputs whose sign does not fit the images found; in local training weights move, and signs with them
-DOUBT = {"gradient": 0.002, "delta": 0.1}
+DOUBT = {"gradient": SURE, "delta": 0.1}
 
 
 @register("spear")
@@ -67,8 +67,14 @@ class Spear(Attack):
         if self.start == "images":
             search.follow(see, rng)
         trace, drawn, enough = [], 0, DOUBT[seen.update.kind]
+        known = None if self.lengths == "head" else bias
+        shown = public_inputs(seen)
+
+        def inputs(rows: Tensor) -> Tensor:
+            return rows.view(-1, *seen.task.image_shape).to(layer.weight.dtype)
+
         while True:
-            search.settle(lambda chosen: self.images(seen, search, chosen, bias))
+            search.settle(lambda slope: measure(seen.model, search, slope, inputs, shown, n, known))
             trace.append(search.doubt)
             if search.doubt <= enough or drawn >= self.subsets:
                 break
@@ -82,19 +88,8 @@ class Spear(Attack):
             return Reconstruction(
                 seen.public.images[:0], seen.public.labels[:0], tuple(trace), drawn, status="diverged"
             )
-        images, labels = to_image(search.best[0], seen.task).clamp(0, 1).float(), search.best[1]
+        labels, likeness = named(seen.model, layer, *search.best, inputs)
+        labels = assign_granted(seen, labels, -likeness)
+        images = to_image(search.best[0], seen.task).clamp(0, 1).float()
         status = "ok" if search.doubt <= enough else "diverged"
         return Reconstruction(images, labels, tuple(trace), drawn, status=status)
-
-    def images(
-        self, seen: Observation, search: Search, chosen: list[int], bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Images (r, d) in model units and their labels, from vectors of unit length."""
-
-        def inputs(rows: Tensor) -> Tensor:
-            return rows.view(-1, *seen.task.image_shape).to(search.layer.weight.dtype)
-
-        known = None if self.lengths == "head" else bias
-        n, public = seen.update.num_examples, public_inputs(seen)
-        x, labels, likeness = measure(seen.model, search, chosen, inputs, public, n, known)
-        return x, assign_granted(seen, labels, -likeness)

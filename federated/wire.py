@@ -135,7 +135,8 @@ class Reconstruction:
 
     `trace` is the attack's own objective over time, never a metric against the truth. `status` is "diverged" when
     no run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same.
-    `sources` are what a method found before it guessed their sign, scale and offset; they are scored apart, as oracles.
+    `sources` are what a method found before it guessed their sign, scale and offset, one for each of the `images`; they
+    are scored apart, as oracles.
     """
 
     images: Tensor  # (M, C, H, W) in [0, 1]

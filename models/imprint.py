@@ -88,3 +88,27 @@ class Imprint(nn.Module):
             plane = added.expand(-1, 1, *x.shape[2:])
             return self.inner(self.second(torch.cat([x, plane], 1)))
         return self.inner(x + added)
+
+
+class Deep(nn.Sequential):
+    """A block before a fully connected layer, deeper in the net: what the layer is fed (N, d) are its pictures."""
+
+    def __init__(self, block: Imprint) -> None:
+        super().__init__(nn.Unflatten(1, block.task.image_shape), block)
+
+    @property
+    def block(self) -> Imprint:
+        return self[1]
+
+    @staticmethod
+    def task(features: Tensor, task: Task) -> Task:
+        """Features (n, d) as single-channel pictures (1, d, 1), the brightest of which has brightness 1."""
+        brightest = features.mean(1).max().clamp(min=1e-12).item()
+        return Task((1, features.shape[1], 1), task.num_classes, (0.0,), (1 / brightest,))
+
+    @staticmethod
+    def insert(model: nn.Module, layer: nn.Linear, block: Imprint) -> None:
+        """Put the block, whose `inner` leads into `layer`, in that layer's place."""
+        name = next(name for name, module in model.named_modules() if module is layer)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, Deep(block))

@@ -155,13 +155,24 @@ def test_sources_are_scored_up_to_sign_scale_and_offset_and_named_oracle() -> No
     assert min(r["oracle_affine_psnr"] for r in rows) > 60
     assert max(r["psnr"] for r in rows) < 10
     noise = pictures(1, seed=7)
-    (corr,), fitted = correlations(truth[:1], (truth[:1] - truth[:1].mean()) + (noise - noise.mean()))
+    (corr,), fitted, _ = correlations(truth[:1], (truth[:1] - truth[:1].mean()) + (noise - noise.mean()))
     assert corr == pytest.approx(0.5**0.5, abs=0.1)
     flat = psnr(truth[0], truth[0].mean().expand(3, 16, 16))
     assert psnr(truth[0], fitted[0]) == pytest.approx(flat + 3, abs=0.7)
-    corr, fitted = correlations(truth[:2], truth[:1])
+    corr, fitted, pairs = correlations(truth[:2], truth[:1])
     assert corr == pytest.approx([1, 0])
+    assert pairs == [0, None]
     assert psnr(truth[1], fitted[1]) == pytest.approx(psnr(truth[1], truth[1].mean().expand(3, 16, 16)))
+
+
+def test_a_sign_is_right_if_the_image_made_of_a_source_is_no_negative() -> None:
+    """Whatever sign the source had; black, a negative that was clipped, is not right."""
+    truth = pictures(3)
+    images = torch.stack([truth[1] * 0.5, 1 - truth[0], torch.zeros(3, 16, 16)])
+    rec = Reconstruction(images, sources=torch.stack([3 - 2 * truth[1], truth[0], truth[2] / 9]))
+    rows, _ = evaluator().score(Batch(truth, torch.tensor([0, 1, 2])), rec)
+    assert [r["sign_ok"] for r in rows] == [False, True, False]
+    assert summarise(rows, [{"seconds": 1.0, "status": "ok"}])["sign_ok"] == pytest.approx(1 / 3)
 
 
 def test_control_counts_what_the_same_candidates_would_pass_for() -> None:

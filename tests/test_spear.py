@@ -12,6 +12,7 @@ from federated.client import gradient, train
 from federated.wire import Batch, Observation, Recipe, Reconstruction, UsageError
 from models import build
 from utils.evaluator import match, psnr
+from utils.run import stream
 
 discover()
 
@@ -70,6 +71,20 @@ def test_larger_batches_without_a_single_draw(n: int, normalize: str) -> None:
         rec = rebuild(observe(photos, network(photos, seed), truth, public))
         assert all(exact(truth, rec))
         assert rec.iterations == 0
+
+
+@pytest.mark.parametrize(("start", "n"), [(12, 4), (12, 6), (8, 8)])
+def test_images_of_which_one_passes_all_neurons_of_another_but_one(start: int, n: int) -> None:
+    """Bright images in [0, 1]: batches of `spear.sh --seed 3 --normalize none` in which d_i plus some of d_j is as
+    sparse as d_i."""
+    photos, _, public = victims(1, 0, "none")
+    order = torch.randperm(len(photos.private), generator=stream(3, "data"))
+    truth = photos.private.take(order[start : start + n])
+    model = build("fc2", photos.task.image_shape, photos.task.num_classes, rng=stream(3, "model"), width=200)
+    passed = model.body(photos.task.to_model(truth.images)) > 0  # (n, h)
+    only = (~passed[:, None] & passed).sum(2)  # (n, n): neurons that j passes and i does not
+    assert (only + n * torch.eye(n)).min() <= 2
+    assert all(exact(truth, rebuild(observe(photos, model, truth, public))))
 
 
 @pytest.mark.parametrize("n", [8, 12])

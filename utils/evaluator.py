@@ -127,21 +127,21 @@ def match(truth: Tensor, images: Tensor) -> list[int | None]:
     return pairs
 
 
-def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], Tensor]:
-    """For each truth (N, C, H, W): |corr| with its source (M, C, H, W), one to one, and that source under the scale,
-    sign and offset that suit it best. Oracles: truth has chosen all three. 0 and a flat image without a partner.
+def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], Tensor, list[int | None]]:
+    """For each truth (N, C, H, W): |corr| with its source (M, C, H, W), one to one, that source under the scale, sign
+    and offset that suit it best, and which it is. Oracles: truth has chosen all three. 0 and a flat image without one.
     """
     from scipy.optimize import linear_sum_assignment
 
     a, b = (t.double().flatten(1) - t.double().flatten(1).mean(1, keepdim=True) for t in (truth, sources))
     norms = a.norm(dim=1)[:, None] * b.norm(dim=1)
     alike = ((a @ b.T).abs() / norms.clamp(min=1e-300)).nan_to_num().clamp(max=1)  # (N, M)
-    corr = [0.0] * len(a)
+    corr, pairs = [0.0] * len(a), [None] * len(a)
     fitted = truth.double().mean((1, 2, 3), keepdim=True).expand_as(truth).clone()
     for i, j in zip(*linear_sum_assignment(-alike.numpy()), strict=True):
-        corr[i] = alike[i, j].item()
+        corr[i], pairs[i] = alike[i, j].item(), int(j)
         fitted[i] += ((a[i] @ b[j]) / b[j].square().sum().clamp(min=1e-300) * b[j]).view_as(fitted[i])
-    return corr, fitted
+    return corr, fitted, pairs
 
 
 class Evaluator:
@@ -197,9 +197,10 @@ class Evaluator:
             rows.append(row)
         if rec.sources is not None:
             there, back = (self.task.to_model, self.task.to_pixels) if self.task else (torch.nn.Identity(),) * 2
-            corr, fitted = correlations(there(truth.images.double()), rec.sources)
-            for row, c, x, best in zip(rows, corr, truth.images, back(fitted), strict=True):
+            corr, fitted, pairs = correlations(there(truth.images.double()), rec.sources)
+            for row, c, x, best, j in zip(rows, corr, truth.images, back(fitted), pairs, strict=True):
                 row |= {"oracle_corr": c, "oracle_affine_psnr": psnr(x, best)}
+                row["sign_ok"] = j is not None and _upright(x, rec.images[j])
         if beside is not None:
             for row, other in zip(rows, self.score(truth, beside)[0], strict=True):
                 row["companion_psnr"] = other["psnr"]
@@ -211,6 +212,12 @@ class Evaluator:
         pairs = match(unrelated, images)
         hits = [j is not None and psnr(x, images[j]) >= SUCCESS_PSNR for x, j in zip(unrelated, pairs, strict=True)]
         return sum(hits) / len(hits)
+
+
+def _upright(truth: Tensor, image: Tensor) -> bool:
+    """Whether an image (C, H, W) made of the truth's source is it, and not its negative."""
+    a, b = (t.double() - t.double().mean() for t in (truth, image))
+    return (a * b).sum().item() > 0
 
 
 def _labels_right(truth: Tensor, predicted: Tensor | None, pairs: Sequence[int | None]) -> list[bool | None]:
@@ -292,4 +299,5 @@ def summarise(rows: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]) 
         **mean(rows, "oracle_floor_psnr"),
         **mean(rows, "companion_psnr"),
         **({"over_companion": gain_over(rows, "companion_psnr")} if "companion_psnr" in rows[0] else {}),
+        **mean(rows, "sign_ok"),
     }

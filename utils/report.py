@@ -65,6 +65,7 @@ OWN_COLUMNS: dict[str, tuple[str, Any]] = {
     "control": ("control", lambda s: number(s.get("control"), 3)),
     "oracle corr": ("oracle_corr", lambda s: number(s.get("oracle_corr"), 3)),
     "oracle affine dB": ("oracle_affine_psnr", lambda s: number(s.get("oracle_affine_psnr"), 1)),
+    "sign right": ("sign_ok", lambda s: number(s.get("sign_ok"), 3)),
     "over class mean dB": ("oracle_floor_psnr", lambda s: interval(s.get("over_class_mean"))),
     "oracle floor dB": ("oracle_floor_psnr", lambda s: number(s.get("oracle_floor_psnr"))),
     "companion dB": ("companion", lambda s: number(s.get("companion_psnr"))),
