@@ -29,6 +29,7 @@ class GGL(Attack):
     paper = "Li, Zhang, Liu, Liu: Auditing Privacy Defenses via Generative Gradient Leakage. CVPR 2022"
     threat = "honest-but-curious"
     wants_model = "cnn"
+    reads_adam = True
 
     iterations: int = hp(300, "Adam steps of each run", least=1, paper=2500, source="authors' adam.py")
     restarts: int = hp(1, "runs; the lowest objective counts", least=1)

@@ -8,12 +8,12 @@ gradient on the wire leaves nothing to learn, and the attack is Inverting Gradie
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.base import register
-from attacks.common import Matching, SignedInversion, cosine_distance
+from attacks.common import Matching, SignedInversion, cosine_distance, note_adam
 from attacks.labels import settle_labels
-from federated.wire import Observation, Reconstruction
+from federated.wire import Observation, Recipe, Reconstruction, Task
 from utils.cli import hp
 
 
@@ -29,6 +29,10 @@ class SME(SignedInversion):
     alpha: float = hp(0.5, "share of W_t in the surrogate at the start", least=0)
     alpha_lr: float = hp(0.01, "Adam's step for that share", above=0, paper=1e-3, source="run_experiment.py")
 
+    def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
+        super().check(model, task, recipe, kind, num_examples)
+        note_adam(recipe, kind)
+
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         match = Matching(seen, "average")
         labels = settle_labels(match.mean_gradient, seen, rng)
@@ -39,6 +43,6 @@ class SME(SignedInversion):
             ways = zip(match.meta.weights, seen.update.tensors, strict=True)
             surrogate = [w - (1 - alpha) * d for w, d in ways]
             ours = match.meta.gradient(seen.task.to_model(pixels), labels, surrogate)
-            return cosine_distance(ours, match.target)
+            return cosine_distance(match.as_delta(ours), match.target)
 
         return self.answer(*self.descend(match, labels, rng, cost, extra={self.alpha: self.alpha_lr}))
