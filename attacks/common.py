@@ -117,12 +117,13 @@ def note_adam(recipe: Recipe, kind: str) -> None:
         )
 
 
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """<a, b>, each all its layers as one vector."""
+    return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
+
+
 def cosine_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """1 - cosine of the angle between two gradients, each all its layers as one vector."""
-
-    def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
-
     return 1 - inner(ours, theirs) / (inner(ours, ours) * inner(theirs, theirs)).sqrt().clamp(min=TINY)
 
 

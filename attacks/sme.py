@@ -5,13 +5,20 @@
 The local steps run from W_t to W_t+1, and at some point between the two the gradient of all images points along the
 whole way. Where that point lies is learned with the pixels: one gradient for each iteration, whatever T is. A
 gradient on the wire leaves nothing to learn, and the attack is Inverting Gradients.
+
+Clients bend off the straight line, and there no choice of points explains the update: at the true images the distance
+stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. Our default follows the bend in a few strides
+
+    W_k+1 = W_k - c_k g(W_k+1/2),      c_k such that each goes 1/K of the way from W_t to W_t+1
+
+and matches their sum: K gradients for each iteration, whatever T is, and 0.01 at the truth for K = 4.
 """
 
 import torch
 from torch import Tensor, nn
 
 from attacks.base import register
-from attacks.common import Matching, SignedInversion, cosine_distance, note_adam
+from attacks.common import TINY, Matching, SignedInversion, cosine_distance, inner, note_adam
 from attacks.labels import settle_labels
 from federated.wire import Observation, Recipe, Reconstruction, Task
 from utils.cli import hp
@@ -19,14 +26,15 @@ from utils.cli import hp
 
 @register("sme")
 class SME(SignedInversion):
-    """Surrogate Model Extension: cosine distance at a model between the one broadcast and the one returned."""
+    """Surrogate Model Extension: cosine distance at models between the one broadcast and the one returned."""
 
     paper = "Zhu, Yao, Blaschko: Surrogate Model Extension. ICML 2023"
 
     iterations: int = hp(300, "steps at the most, of each run", least=1, paper=5000, source="run_experiment.py")
     lr: float = hp(0.1, "Adam's step in the model's units", above=0, paper=1e-3, source="run_experiment.py")
     tv: float = hp(0.6, "total-variation weight", least=0, paper=1e-4, source="run_experiment.py")
-    alpha: float = hp(0.5, "share of W_t in the surrogate at the start", least=0)
+    strides: int = hp(4, "K, from W_t to W_t+1; 1: one surrogate on the straight line, as published", least=1, paper=1)
+    alpha: float = hp(0.5, "share of W_t in the one surrogate at the start", least=0)
     alpha_lr: float = hp(0.01, "Adam's step for that share", above=0, paper=1e-3, source="run_experiment.py")
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
@@ -36,13 +44,31 @@ class SME(SignedInversion):
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         match = Matching(seen, "average")
         labels = settle_labels(match.mean_gradient, seen, rng)
-        if seen.update.kind == "gradient":
+        if seen.update.kind == "gradient" or seen.recipe.steps(match.count) == 1:
             return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
 
-        def cost(pixels: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-            ways = zip(match.meta.weights, seen.update.tensors, strict=True)
-            surrogate = [w - (1 - alpha) * d for w, d in ways]
-            ours = match.meta.gradient(seen.task.to_model(pixels), labels, surrogate)
-            return cosine_distance(match.as_delta(ours), match.target)
+        def at(pixels: Tensor, labels: Tensor, way: list[Tensor]) -> tuple[Tensor, ...]:
+            weights = [w - part for w, part in zip(match.meta.weights, way, strict=True)]
+            return match.as_delta(match.meta.gradient(seen.task.to_model(pixels), labels, weights))
 
-        return self.answer(*self.descend(match, labels, rng, cost, extra={self.alpha: self.alpha_lr}))
+        def surrogate(pixels: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+            return cosine_distance(at(pixels, labels, [(1 - alpha) * d for d in seen.update.tensors]), match.target)
+
+        def followed(pixels: Tensor, labels: Tensor) -> Tensor:
+            return cosine_distance(stride(pixels, labels), match.target)
+
+        def stride(pixels: Tensor, labels: Tensor) -> list[Tensor]:
+            whole, length = seen.update.tensors, inner(seen.update.tensors, seen.update.tensors)
+            way = [torch.zeros_like(d) for d in whole]
+            last = [d / self.strides for d in whole]
+            for _ in range(self.strides):
+                slope = at(pixels, labels, [a + b / 2 for a, b in zip(way, last, strict=True)])
+                # a guess that is far off may even step back: no stride is more than ten times its share
+                along = torch.maximum(inner(slope, whole), 0.1 * (inner(slope, slope) * length).clamp(min=TINY).sqrt())
+                last = [length / self.strides / along.clamp(min=TINY) * g for g in slope]
+                way = [a + b for a, b in zip(way, last, strict=True)]
+            return way
+
+        if self.strides > 1:
+            return self.answer(*self.descend(match, labels, rng, followed))
+        return self.answer(*self.descend(match, labels, rng, surrogate, extra={self.alpha: self.alpha_lr}))
