@@ -9,9 +9,9 @@ gradient on the wire leaves nothing to learn, and the attack is Inverting Gradie
 Clients bend off the straight line, and there no choice of points explains the update: at the true images the distance
 stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. Our default follows the bend in a few strides
 
-    W_k+1 = W_k - c_k g(W_k+1/2),      c_k such that each goes 1/K of the way from W_t to W_t+1
+    W_k+1 = W_k - c_k g(W_k + (W_t+1 - W_k) / (2 (K - k))),      c_k such that each goes 1/K of the way to W_t+1
 
-and matches their sum: K gradients for each iteration, whatever T is, and 0.01 at the truth for K = 4.
+and matches their sum: K gradients for each iteration, whatever T is, and under 0.01 at the truth for K = 4.
 """
 
 import torch
@@ -47,27 +47,28 @@ class SME(SignedInversion):
         if seen.update.kind == "gradient" or seen.recipe.steps(match.count) == 1:
             return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
 
-        def at(pixels: Tensor, labels: Tensor, way: list[Tensor]) -> tuple[Tensor, ...]:
-            weights = [w - part for w, part in zip(match.meta.weights, way, strict=True)]
+        whole = seen.update.tensors
+        end = [w - d for w, d in zip(match.meta.weights, whole, strict=True)]
+        length = inner(whole, whole)
+
+        def slope(pixels: Tensor, labels: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
             return match.as_delta(match.meta.gradient(seen.task.to_model(pixels), labels, weights))
 
         def surrogate(pixels: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-            return cosine_distance(at(pixels, labels, [(1 - alpha) * d for d in seen.update.tensors]), match.target)
+            between = [w - (1 - alpha) * d for w, d in zip(match.meta.weights, whole, strict=True)]
+            return cosine_distance(slope(pixels, labels, between), match.target)
 
         def followed(pixels: Tensor, labels: Tensor) -> Tensor:
-            return cosine_distance(stride(pixels, labels), match.target)
-
-        def stride(pixels: Tensor, labels: Tensor) -> list[Tensor]:
-            whole, length = seen.update.tensors, inner(seen.update.tensors, seen.update.tensors)
             way = [torch.zeros_like(d) for d in whole]
-            last = [d / self.strides for d in whole]
-            for _ in range(self.strides):
-                slope = at(pixels, labels, [a + b / 2 for a, b in zip(way, last, strict=True)])
+            for left in range(self.strides, 0, -1):
+                here = (w - a for w, a in zip(match.meta.weights, way, strict=True))
+                halfway = [torch.lerp(w, e, 0.5 / left) for w, e in zip(here, end, strict=True)]
+                g = slope(pixels, labels, halfway)
                 # a guess that is far off may even step back: no stride is more than ten times its share
-                along = torch.maximum(inner(slope, whole), 0.1 * (inner(slope, slope) * length).clamp(min=TINY).sqrt())
-                last = [length / self.strides / along.clamp(min=TINY) * g for g in slope]
-                way = [a + b for a, b in zip(way, last, strict=True)]
-            return way
+                along = torch.maximum(inner(g, whole), 0.1 * (inner(g, g) * length).clamp(min=TINY).sqrt())
+                c = length / self.strides / along.clamp(min=TINY)
+                way = [a + c * t for a, t in zip(way, g, strict=True)]
+            return cosine_distance(way, match.target)
 
         if self.strides > 1:
             return self.answer(*self.descend(match, labels, rng, followed))
