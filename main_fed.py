@@ -56,6 +56,8 @@ class FedScene(Scene):
             lr=run.local_lr,
             momentum=run.momentum,
             weight_decay=run.weight_decay,
+            optimizer=run.client_optimizer,
+            lr_schedule=run.lr_schedule,
             model_mode=run.model_mode,
             defense=parse(run.defense),
         )
@@ -67,6 +69,8 @@ class FedScene(Scene):
             raise UsageError("--beta belongs to --partition dirichlet")
         if run.classes_per_client is not None and run.partition != "classes":
             raise UsageError("--classes-per-client belongs to --partition classes")
+        if run.momentum and run.client_optimizer != "sgd":
+            raise UsageError("--momentum belongs to --client-optimizer sgd")
 
     def data_of(self, client: int) -> Batch:
         return self.take(self.parts[client])

@@ -31,6 +31,7 @@ class Attack(ABC):
     threat: ClassVar[Literal["honest-but-curious", "malicious-parameters", "malicious-architecture"]]
     max_images: ClassVar[int | None] = None  # the most private images behind one update the method can handle
     instant: ClassVar[bool] = False  # answers in well under a second, so that no worker process pays
+    reads_adam: ClassVar[bool] = False  # makes sense of the update of a client that trained with Adam
     names_labels: ClassVar[bool] = True  # False: says nothing of labels, not even those it is granted
     wants_model: ClassVar[str] = "lenet"  # a model it applies to, for whoever wants to see it run
 
@@ -40,6 +41,11 @@ class Attack(ABC):
             raise UsageError(
                 f"{type(self).__name__} rebuilds at most {self.max_images} image(s) from an update, not "
                 f"{num_examples}: lower --batch-size (or --client-images), or choose an attack for batches"
+            )
+        if kind == "delta" and recipe.optimizer == "adam" and not self.reads_adam:
+            raise UsageError(
+                f"{type(self).__name__} divides gradients by one another, and Adam sends none: "
+                "--client-optimizer sgd, or an attack that matches updates, such as ig_single"
             )
 
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:

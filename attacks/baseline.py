@@ -18,6 +18,7 @@ class Baseline(Attack):
     paper = "no attack: the mean public image"
     threat = "honest-but-curious"
     instant = True
+    reads_adam = True
 
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
         images, labels = seen.public

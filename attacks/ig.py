@@ -10,11 +10,12 @@ minibatches in an order of the attacker's own (ig_multi). A gradient on the wire
 from abc import abstractmethod
 
 import torch
+from torch import nn
 
 from attacks.base import register
-from attacks.common import Matching, SignedInversion
+from attacks.common import Matching, SignedInversion, note_adam
 from attacks.labels import settle_labels
-from federated.wire import Observation, Reconstruction
+from federated.wire import Observation, Recipe, Reconstruction, Task
 from utils.cli import hp
 
 PAPER = "Geiping, Bauermeister, Dröge, Moeller: Inverting Gradients. NeurIPS 2020"
@@ -38,6 +39,10 @@ class IGSingle(CosineInversion):
     """Inverting Gradients: cosine distance and total variation; a weight update is taken for one gradient."""
 
     paper = PAPER
+
+    def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
+        super().check(model, task, recipe, kind, num_examples)
+        note_adam(recipe, kind)
 
     def read(self, seen: Observation) -> Matching:
         return Matching(seen, "average")

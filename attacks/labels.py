@@ -7,11 +7,12 @@ METHODS holds one function for each published way to read labels off these two, 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from attacks import common
 from federated.wire import Observation, UsageError
 from models.meta import MetaModel
 
@@ -30,7 +31,7 @@ def head_gradient(tensors: tuple[Tensor, ...], num_classes: int) -> tuple[Tensor
 
 Rule = Callable[[tuple[Tensor, ...], Observation], Tensor]
 METHODS: dict[str, Rule] = {}
-REHEARSALS = 4
+REHEARSALS = 2
 CASTS = 4  # of public images and minibatch orders in each rehearsal: the client's own order is not known
 
 
@@ -63,20 +64,19 @@ def bias_counts(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor:
     """Label counts n_j = K (pbar_j - db_j), rounded to sum to K, as labels (K,) in ascending order.
 
     pbar, the mean softmax over the private images, is estimated on public ones; after several local steps it is
-    averaged over models between the one broadcast and the one returned. That path is no straight line, so the counts
-    found are then rehearsed: public images under these labels train by the same recipe, and where their bias moves
-    otherwise than the client's did, the counts are corrected by the difference. Needs a head with bias.
+    averaged over models between the one broadcast and the one returned. That path is no straight line, so what this
+    misses is then rehearsed: clients with public images and the labels found train by the same recipe, their labels
+    are read off in the same way, and by how much that errs on them the client's counts are corrected. Needs a head
+    with bias. Adam hides how large db is: classes with db_j < 0 share the labels by it, before the rehearsal.
     """
-    count = seen.update.num_examples
-    _, bias = head_gradient(mean_gradient, seen.task.num_classes)
-    assert bias is not None, "the head has no bias to count labels from"
-    found = round_counts(count * (_mean_softmax(seen) - bias), count)
-    if seen.update.kind == "gradient" or seen.recipe.steps(count) == 1:
+    count, recipe = seen.update.num_examples, seen.recipe
+    wanted = _wanted_counts(mean_gradient, seen, seen.update.tensors)
+    found = round_counts(wanted, count)
+    if seen.update.kind == "gradient" or (recipe.steps(count) == 1 and recipe.optimizer == "sgd"):
         return found
     for _ in range(REHEARSALS):
-        counts = torch.bincount(found, minlength=seen.task.num_classes)
-        rehearsed = torch.stack([_rehearsed_bias(found, seen, cast) for cast in range(CASTS)]).mean(0)
-        corrected = round_counts(counts + count * (rehearsed - bias), count)
+        error = torch.stack([_rehearsed_error(found, seen, cast) for cast in range(CASTS)]).mean(0)
+        corrected = round_counts(wanted - error, count)
         if torch.equal(corrected, found):
             break
         found = corrected
@@ -205,29 +205,39 @@ def round_counts(wanted: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
+def _wanted_counts(mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequence[Tensor]) -> Tensor:
+    """Label counts (C,), not rounded, of a client that sent these tensors."""
+    count = seen.update.num_examples
+    bias = _bias(mean_gradient, seen)
+    if seen.update.kind == "delta" and seen.recipe.optimizer == "adam":
+        falling = (-bias).clamp(min=0)
+        return count * falling / falling.sum().clamp(min=1e-12)
+    return count * (_mean_softmax(seen, sent) - bias)
+
+
 @torch.no_grad()
-def _mean_softmax(seen: Observation, most: int = 5) -> Tensor:
-    """Mean softmax (C,) over public images; after T steps, over models on the straight line to W_t+1."""
+def _mean_softmax(seen: Observation, sent: Sequence[Tensor], most: int = 5) -> Tensor:
+    """Mean softmax (C,) over public images; after T steps, over models on the straight line to the one returned."""
     inputs = seen.task.to_model(seen.public.images[:256])
     meta = MetaModel(seen.model, seen.recipe.model_mode)
     steps = 1 if seen.update.kind == "gradient" else seen.recipe.steps(seen.update.num_examples)
     shares = torch.linspace(0, 1 - 1 / steps, min(steps, most)).tolist()
-    path = [[w - s * d for w, d in zip(meta.weights, seen.update.tensors, strict=True)] for s in shares]
+    path = [[w - s * d for w, d in zip(meta.weights, sent, strict=True)] for s in shares]
     lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))  # unless normalised by the batch
     return torch.stack([torch.cat([meta(x, w).softmax(1) for x in lots]).mean(0) for w in path]).mean(0)
 
 
-def _rehearsed_bias(labels: Tensor, seen: Observation, seed: int) -> Tensor:
-    """The head's mean bias gradient (C,) had the client trained on public images with these labels (K,)."""
+def _rehearsed_error(labels: Tensor, seen: Observation, seed: int) -> Tensor:
+    """What would be counted too much (C,) if the client had trained on public images with these labels (K,)."""
     count, recipe = len(labels), seen.recipe
     rng = torch.Generator().manual_seed(seed)  # the same casts in every rehearsal
     cast = torch.randint(len(seen.public.images), (count,), generator=rng)
     inputs = seen.task.to_model(seen.public.images[cast.to(labels.device)])
     labels = labels[torch.randperm(count, generator=rng).to(labels.device)]
     batches = [b.to(labels.device) for b in recipe.batches(count, rng)]
-    meta = MetaModel(seen.model, recipe.model_mode)
-    delta = meta.sgd(inputs, labels, batches, recipe.lr, recipe.momentum, create_graph=False)
-    return delta[-1] / recipe.gradient_mass(count)
+    sent = MetaModel(seen.model, recipe.model_mode).train(inputs, labels, batches, recipe, create_graph=False)
+    wanted = _wanted_counts(common.mean_gradient(seen, sent), seen, sent)
+    return wanted - torch.bincount(labels, minlength=len(wanted))
 
 
 def _bias(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor:

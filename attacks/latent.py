@@ -41,6 +41,7 @@ class LatentInversion(Attack):
 
     threat = "honest-but-curious"
     wants_model = "cnn"
+    reads_adam = True
 
     generator: Literal["class_pca", "vae", "wgan"] = hp(
         "class_pca", "G, of public images: fitted in a second, trained in minutes (vae), or in hours (wgan)"

@@ -23,21 +23,20 @@ def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: to
 
 
 def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> tuple[Update, float]:
-    """A client's part of a FedAvg round: `recipe.steps` of SGD, then W_before - W_after.
+    """A client's part of a FedAvg round: `recipe.steps` of SGD or Adam, then W_before - W_after.
 
     `rng` shuffles the minibatches and draws the dropout masks and a defence's noise. Returns the update and the mean
     training loss, which stays with the experimenter and does not ride on the wire. `model` is left as it was.
     """
     local = _private_copy(model, recipe)
-    optimizer = torch.optim.SGD(
-        local.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    optimizer = _optimizer(local, recipe)
     inputs = task.to_model(batch.images)
     losses = []
     schedule = recipe.batches(len(batch.labels), rng)
     with torch.random.fork_rng():
         torch.manual_seed(_dropout_seed(rng))
-        for indices in schedule:
+        for indices, rate in zip(schedule, recipe.rates(len(schedule)), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
             loss = F.cross_entropy(local(inputs[indices]), batch.labels[indices])
             optimizer.zero_grad()
             loss.backward()
@@ -46,6 +45,12 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
     pairs = zip(model.parameters(), local.parameters(), strict=True)
     delta = tuple((before - after).detach() for before, after in pairs)
     return Update("delta", _defended(delta, recipe, rng), len(batch.labels), _buffers(local)), sum(losses) / len(losses)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def _defended(tensors: tuple[torch.Tensor, ...], recipe: Recipe, rng: torch.Generator) -> tuple[torch.Tensor, ...]:

@@ -56,8 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The local training the server orders from every client: SGD on minibatches. It never holds a label.
+    """The local training the server orders from every client: SGD or Adam on minibatches. It never holds a label.
 
+    `lr_schedule` is how the rate falls within a round's T steps, from `lr` on: not at all, along half a cosine, or to a
+    tenth at 1/2 and again at 3/4 of them. Adam's other settings are torch's own; it has no use for `momentum`.
     `model_mode` says how BatchNorm and dropout behave while the client computes ("train" in real training,
     "eval" in most of the gradient-inversion literature). `defense` is what clients do to an update before they send it:
     (tensors, rng) -> tensors, and without an rng the part of it that draws nothing.
@@ -68,11 +70,13 @@ class Recipe:
     lr: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr_schedule: Literal["constant", "cosine", "step"] = "constant"
     model_mode: Literal["eval", "train"] = "eval"
     defense: Callable[..., tuple[Tensor, ...]] | None = None
 
     def steps(self, num_examples: int) -> int:
-        """T, the number of SGD steps a client with `num_examples` images takes."""
+        """T, the number of steps a client with `num_examples` images takes."""
         return self.local_epochs * math.ceil(num_examples / self.batch_size)
 
     def batches(self, num_examples: int, rng: torch.Generator | None = None) -> list[Tensor]:
@@ -87,14 +91,31 @@ class Recipe:
             schedule += order.split(self.batch_size)
         return schedule
 
+    def rates(self, steps: int) -> list[float]:
+        """The learning rate of each of T steps."""
+        if self.lr_schedule == "cosine":
+            return [self.lr * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
+        if self.lr_schedule == "step":
+            return [self.lr * 0.1 ** ((2 * t >= steps) + (4 * t >= 3 * steps)) for t in range(steps)]
+        return [self.lr] * steps
+
+    def gradient_weights(self, steps: int) -> list[float]:
+        """The weight with which each of T gradients enters the update: gradient s moves lr_t momentum^(t-s) at step t.
+
+        Adam moves a weight by about its rate, whatever the gradient's size: its rates stand in, and divided by their
+        sum a delta is a mean direction, whose entries are about one at the most, and no gradient.
+        """
+        rates = self.rates(steps)
+        if self.optimizer == "adam":
+            return rates
+        return [sum(rate * self.momentum**k for k, rate in enumerate(rates[s:])) for s in range(steps)]
+
     def gradient_mass(self, num_examples: int) -> float:
         """Sum of the weights with which the T gradients enter the update, so that delta / mass is a mean gradient.
 
-        Step s of T counts lr * (1 - momentum^(T-s)) / (1 - momentum); without momentum the sum is lr * T.
+        At a constant rate without momentum it is lr * T.
         """
-        steps = self.steps(num_examples)
-        per_step = (sum(self.momentum**k for k in range(steps - s)) for s in range(steps))
-        return self.lr * sum(per_step)
+        return sum(self.gradient_weights(self.steps(num_examples)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A network as a pure function of its weights, so that an attack can differentiate through a client's training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from federated.wire import Recipe
 from models.winograd import WinogradConv, taps_first
 
 CHECKPOINT_FROM = 4  # local steps
+BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's
 
 
 class MetaModel:
@@ -93,12 +95,27 @@ class MetaModel:
         grads = self._gradient(x, y, weights, create_graph)
         return tuple(torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True))
 
+    def train(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batches: Sequence[Tensor],
+        recipe: Recipe,
+        create_graph: bool = True,
+        checkpoint: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        """W_0 - W_T after a client's steps on the T batches of indices into `images`, as `recipe` orders them."""
+        rates, decay = recipe.rates(len(batches)), recipe.weight_decay
+        if recipe.optimizer == "adam":
+            return self.adam(images, labels, batches, rates, decay, create_graph, checkpoint)
+        return self.sgd(images, labels, batches, rates, recipe.momentum, decay, create_graph, checkpoint)
+
     def sgd(
         self,
         images: Tensor,
         labels: Tensor,
         batches: Sequence[Tensor],
-        lr: float,
+        lr: float | Sequence[float],
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         create_graph: bool = True,
@@ -108,19 +125,67 @@ class MetaModel:
 
             d_t = dL(W_t)/dW + weight_decay W_t,    v_t = momentum v_{t-1} + d_t  (v_0 = d_0),    W_{t+1} = W_t - lr v_t
 
-        images: (N, C, H, W) model inputs. labels: (N,) int64 or (N, num_classes) probabilities. The graph is built
-        only if one of the two asks for a gradient. As in torch, a frozen or unused weight does not even decay.
+        images: (N, C, H, W) model inputs. labels: (N,) int64 or (N, num_classes) probabilities. `lr` may be one for
+        each step. The graph is built only if images or labels ask for a gradient. As in torch, a frozen or unused
+        weight does not even decay.
 
         `checkpoint` keeps of each step only its weights and computes it again on the way back: memory for one step's
         graph instead of T, at a third more time. None: from CHECKPOINT_FROM steps on. The steps are summed up rather
         than the weights subtracted, for W_0 - W_T has few digits left where lr is small.
         """
+        velocity: list[Tensor | None] = [None] * len(self.weights)
+
+        def direction(i: int, step: int, d: Tensor) -> Tensor:
+            if momentum:
+                v = velocity[i]
+                d = velocity[i] = d if v is None else d + momentum * v
+            return d
+
+        return self._unroll(images, labels, batches, lr, weight_decay, direction, create_graph, checkpoint)
+
+    def adam(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batches: Sequence[Tensor],
+        lr: float | Sequence[float],
+        weight_decay: float = 0.0,
+        create_graph: bool = True,
+        checkpoint: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        """As `sgd`, by `torch.optim.Adam` with its own betas and eps: W_{t+1} = W_t - lr m^_t / (sqrt(v^_t) + eps)."""
+        (beta1, beta2), eps = BETAS, EPS
+        mean: list[Tensor | float] = [0.0] * len(self.weights)
+        square: list[Tensor | float] = [0.0] * len(self.weights)
+
+        def direction(i: int, step: int, d: Tensor) -> Tensor:
+            m = mean[i] = beta1 * mean[i] + (1 - beta1) * d
+            v = square[i] = beta2 * square[i] + (1 - beta2) * d * d
+            # a weight no step has moved yet: the root's slope at zero is infinite, and zero times that is no number
+            moved = v > 0
+            root = torch.where(moved, v, 1.0).sqrt() * moved
+            return m / (1 - beta1 ** (step + 1)) / (root / (1 - beta2 ** (step + 1)) ** 0.5 + eps)
+
+        return self._unroll(images, labels, batches, lr, weight_decay, direction, create_graph, checkpoint)
+
+    def _unroll(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batches: Sequence[Tensor],
+        lr: float | Sequence[float],
+        weight_decay: float,
+        direction: Callable[[int, int, Tensor], Tensor],
+        create_graph: bool,
+        checkpoint: bool | None,
+    ) -> tuple[Tensor, ...]:
+        """The steps themselves: `direction(weight's index, step, its gradient with decay)` is an optimiser's part."""
         create_graph = create_graph and (images.requires_grad or labels.requires_grad)
         checkpoint = create_graph and (len(batches) >= CHECKPOINT_FROM if checkpoint is None else checkpoint)
+        rates = [lr] * len(batches) if isinstance(lr, int | float) else lr
         weights: Sequence[Tensor] = self.weights
         moved = [torch.zeros_like(w) for w in weights]
-        velocity: list[Tensor | None] = [None] * len(weights)
-        for batch in batches:
+        for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
             if checkpoint:
                 grads = _Recomputed.apply(self, images[batch], labels[batch], *weights)
             else:
@@ -130,12 +195,9 @@ class MetaModel:
                 for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
                     if g is None:
                         continue
-                    d = g.add(w, alpha=weight_decay) if weight_decay else g
-                    if momentum:
-                        v = velocity[i]
-                        d = velocity[i] = d if v is None else d + momentum * v
-                    stepped[i] = w.add(d, alpha=-lr)
-                    moved[i] = moved[i].add(d, alpha=lr)
+                    d = direction(i, step, g.add(w, alpha=weight_decay) if weight_decay else g)
+                    stepped[i] = w.add(d, alpha=-rate)
+                    moved[i] = moved[i].add(d, alpha=rate)
             weights = stepped
         return tuple(moved)
 

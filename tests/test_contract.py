@@ -36,12 +36,14 @@ def wanted(attack: Attack) -> torch.nn.Module:
     return build(attack.wants_model, TASK.image_shape, TASK.num_classes, rng=torch.Generator().manual_seed(0))
 
 
-def observation(attack: Attack, kind: str, n: int = 2, granted: bool = False) -> Observation:
+def observation(
+    attack: Attack, kind: str, n: int = 2, granted: bool = False, local: Recipe | None = None
+) -> Observation:
     n = min(n, attack.max_images or n)
     public = batch(40, seed=5)
     model = wanted(attack)
     truth, rng = batch(n, seed=1), torch.Generator().manual_seed(2)
-    recipe = Recipe(n) if kind == "gradient" else Recipe(n, 2, lr=0.01)
+    recipe = Recipe(n) if kind == "gradient" else local or Recipe(n, 2, lr=0.01)
     attack.check(model, TASK, recipe, kind, n)
     model = attack.implant(model, TASK, public, recipe)
     if kind == "gradient":
@@ -53,6 +55,30 @@ def observation(attack: Attack, kind: str, n: int = 2, granted: bool = False) ->
 
 def answer(attack: Attack, seen: Observation) -> Reconstruction:
     return attack.reconstruct(seen, torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_a_client_of_adam_is_read_or_refused(name: str, epochs: int) -> None:
+    attack = quick(name)
+    local = Recipe(2, epochs, lr=0.01, optimizer="adam", lr_schedule="cosine")
+    if not attack.reads_adam:
+        with pytest.raises(UsageError, match="--client-optimizer sgd"):
+            observation(attack, "delta", local=local)
+        return
+    rec = answer(attack, observation(attack, "delta", local=local))
+    assert rec.images.isfinite().all()
+    assert rec.images.min() >= 0
+    assert rec.images.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["ig_single", "sme"])
+def test_reading_adam_as_a_gradient_is_said_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for optimizer, kind in (("sgd", "delta"), ("adam", "gradient"), ("adam", "delta")):
+        REGISTRY[name]().check(torch.nn.Identity(), TASK, Recipe(1, optimizer=optimizer), kind, 1)  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert said.startswith("note: Adam")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

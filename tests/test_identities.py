@@ -53,12 +53,72 @@ def test_unrolled_truth_is_the_clients_delta(
     assert largest_relative_error(unrolled, update.tensors) < 1e-10
 
 
-def test_unrolled_truth_holds_for_batchnorm_in_train_mode() -> None:
-    task = task_of()
-    recipe = Recipe(2, 3, lr=0.05, momentum=0.5, model_mode="train")
-    model, truth = network("resnet20", task), private_batch(task, 5)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+@pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.9), ("adam", 0.0)])
+@pytest.mark.parametrize(("n", "batch", "epochs"), [(5, 5, 1), (5, 2, 2), (7, 4, 10)])
+def test_unrolled_truth_follows_optimizer_and_schedule(
+    n: int, batch: int, epochs: int, optimizer: str, momentum: float, schedule: str
+) -> None:
+    task = task_of(normalised=True)
+    recipe = Recipe(batch, epochs, 0.02, momentum, 0.01, optimizer, schedule)  # type: ignore[arg-type]
+    model, truth = network("lenet", task, activation="relu"), private_batch(task, n)
     update, _ = train(model, truth, task, recipe, torch.Generator().manual_seed(3))
-    order = recipe.batches(5, torch.Generator().manual_seed(3))
+    order = recipe.batches(n, torch.Generator().manual_seed(3))
+    unrolled = MetaModel(model).train(task.to_model(truth.images), truth.labels, order, recipe)
+    assert largest_relative_error(unrolled, update.tensors) < 1e-10
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_rates_are_those_of_torchs_schedulers(schedule: str) -> None:
+    for steps in (1, 4, 10):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        scheduler = {
+            "constant": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+            "cosine": lambda o, t=steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, t),
+            "step": lambda o, t=steps: torch.optim.lr_scheduler.MultiStepLR(o, [-(-t // 2), -(-3 * t // 4)]),
+        }[schedule](optimizer)
+        theirs = []
+        for _ in range(steps):
+            theirs.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert Recipe(1, lr=0.1, lr_schedule=schedule).rates(steps) == pytest.approx(theirs)  # type: ignore[arg-type]
+
+
+def test_slopes_through_adam_are_finite_where_relu_is_dead() -> None:
+    """A weight that no image moves has v = 0, whose root has no finite slope."""
+    task = task_of()
+    recipe = Recipe(2, 3, lr=0.01, optimizer="adam")
+    model, truth = network("lenet", task, activation="relu"), private_batch(task, 2)
+    update, _ = train(model, truth, task, recipe, torch.Generator().manual_seed(0))
+    images = (1 - truth.images).requires_grad_()
+    loss = Matching(seen_by_server(model, task, recipe, update)).squared_distance(images, truth.labels)
+    (slope,) = torch.autograd.grad(loss, images)
+    assert any((t == 0).any() for t in update.tensors)
+    assert slope.isfinite().all()
+    assert slope.abs().sum() > 0
+
+
+def test_adams_one_step_read_as_a_gradient_keeps_its_signs() -> None:
+    task = task_of()
+    recipe = Recipe(2, lr=0.01, optimizer="adam")
+    model, truth = network("lenet", task), private_batch(task, 2)
+    update, _ = train(model, truth, task, recipe, torch.Generator().manual_seed(0))
+    match = Matching(seen_by_server(model, task, recipe, update), "average")
+    for ours, theirs in zip(match.simulate(truth.images, truth.labels), match.target, strict=True):
+        sure = theirs.abs() > 0.5
+        assert torch.equal(ours[sure].sign(), theirs[sure].sign())
+    away = match.squared_distance(1 - truth.images, truth.labels)
+    assert match.squared_distance(truth.images, truth.labels) < away / 2
+
+
+@pytest.mark.parametrize(("name", "side", "n", "epochs"), [("resnet20", 16, 5, 3), ("resnet18", 9, 3, 1)])
+def test_unrolled_truth_holds_for_batchnorm_in_train_mode(name: str, side: int, n: int, epochs: int) -> None:
+    task = task_of(side=side)
+    recipe = Recipe(2, epochs, lr=0.05, momentum=0.5, model_mode="train")
+    model, truth = network(name, task), private_batch(task, n)
+    update, _ = train(model, truth, task, recipe, torch.Generator().manual_seed(3))
+    order = recipe.batches(n, torch.Generator().manual_seed(3))
     unrolled = MetaModel(model, "train").sgd(task.to_model(truth.images), truth.labels, order, 0.05, 0.5)
     assert largest_relative_error(unrolled, update.tensors) < 1e-10
 
@@ -131,15 +191,30 @@ def test_an_epoch_meets_every_image_once(n: int, batch: int, epochs: int, seed: 
         assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in met)
 
 
-@given(st.integers(1, 12), st.floats(0, 0.95))
+@given(st.integers(1, 12), st.floats(0, 0.95), st.sampled_from(["constant", "cosine", "step"]))
 @settings(max_examples=30, deadline=None)
-def test_gradient_mass_is_the_delta_of_a_constant_gradient(steps: int, momentum: float) -> None:
+def test_gradient_mass_is_the_delta_of_a_constant_gradient(steps: int, momentum: float, schedule: str) -> None:
+    recipe = Recipe(1, steps, lr=0.1, momentum=momentum, lr_schedule=schedule)  # type: ignore[arg-type]
     weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum)
-    for _ in range(steps):
+    for rate in recipe.rates(steps):
+        optimizer.param_groups[0]["lr"] = rate
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    assert -weight.item() == pytest.approx(Recipe(1, steps, lr=0.1, momentum=momentum).gradient_mass(1))
+    assert -weight.item() == pytest.approx(recipe.gradient_mass(1))
+
+
+@given(st.integers(1, 8), st.floats(0, 0.95), st.sampled_from(["constant", "cosine", "step"]))
+@settings(max_examples=30, deadline=None)
+def test_gradient_weights_say_what_each_gradient_moved(steps: int, momentum: float, schedule: str) -> None:
+    recipe = Recipe(1, steps, lr=0.1, momentum=momentum, lr_schedule=schedule)  # type: ignore[arg-type]
+    weights = torch.zeros(steps, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([weights], lr=0.1, momentum=momentum)
+    for step, rate in enumerate(recipe.rates(steps)):  # entry s has a gradient at step s alone
+        optimizer.param_groups[0]["lr"] = rate
+        weights.grad = torch.eye(steps, dtype=torch.float64)[step]
+        optimizer.step()
+    assert (-weights).tolist() == pytest.approx(recipe.gradient_weights(steps))
 
 
 def test_fedavg_of_one_step_full_batch_clients_is_sgd_on_the_union() -> None:

@@ -1,6 +1,7 @@
 """Inverting Gradients and its successors: the objective at the truth, schedule, memory, pictures that come back."""
 
 import gc
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -126,6 +127,24 @@ def test_many_local_steps_are_inverted(name: str) -> None:
     truth, seen = scene(1, Recipe(1, 4, lr=0.005))
     rec = REGISTRY[name](iterations=80).reconstruct(seen, torch.Generator().manual_seed(0))
     assert score(truth, rec.images) > max(18, baseline(truth, seen) + 5)
+
+
+def test_strides_along_the_path_explain_what_no_straight_line_does() -> None:
+    """The objective at the truth, after twelve steps: small, and the smaller the more strides there are."""
+    truth, seen = scene(1, Recipe(1, 12, lr=0.01), double=True)
+
+    class Look(REGISTRY["sme"]):  # type: ignore[misc]
+        def descend(self, match, labels, rng, cost, extra=None):  # type: ignore[no-untyped-def]
+            points = torch.linspace(0, 1, 11) if extra else [None]
+            costs.append(min(cost(truth.images, labels, *([] if p is None else [p])).item() for p in points))
+            return super().descend(match, labels, rng, cost, extra=extra or {})
+
+    costs: list[float] = []
+    for strides in (1, 2, 4, 8):
+        Look(iterations=1, strides=strides).reconstruct(seen, torch.Generator().manual_seed(0))
+    assert costs[0] > 0.02
+    assert all(more < 0.8 * less for less, more in itertools.pairwise(costs))
+    assert costs[3] < costs[0] / 10
 
 
 def test_epochs_of_dlf_are_put_in_one_order_before_they_are_averaged() -> None:

@@ -112,8 +112,12 @@ class Fed(Common):
     local_epochs: int = hp(1, "passes over its images a client makes in a round", least=1)
     local_lr: float = hp(0.01, "learning rate of the clients", above=0)
     lr_decay: float = hp(1.0, "factor on the learning rate from one round to the next", above=0)
+    lr_schedule: Literal["constant", "cosine", "step"] = hp(
+        "constant", "of that rate within a round: constant, half a cosine, or x 0.1 at 1/2 and 3/4 of the local steps"
+    )
+    client_optimizer: Literal["sgd", "adam"] = hp("sgd", "what clients train with")
     momentum: float = hp(0.0, "of the clients' SGD", least=0, below=1)
-    weight_decay: float = hp(0.0, "of the clients' SGD", least=0)
+    weight_decay: float = hp(0.0, "of the clients' SGD or Adam", least=0)
     clients: int = hp(10, "clients in the federation", least=1)
     clients_per_round: int | None = hp(None, "clients that take part in a round; default: all", least=1)
     rounds: int | None = hp(None, "rounds of FedAvg; default: one for each trial", least=1)

@@ -146,6 +146,9 @@ def _plot(path: Path, points: Sequence[Mapping[str, str]], summaries: Sequence[S
     """
     plt = _pyplot()
     axis, *others = list(points[0])
+    if len(others) > 1 and not any("ceiling" in s for s in summaries):
+        _plot_panels(path, points, summaries)
+        return
     all_or_nothing = all("ceiling" in s for s in summaries)
     trained = any(s.get("training_loss") is not None for s in summaries) and len({p[axis] for p in points}) > 1
     panels = 2 if all_or_nothing and trained else 1
@@ -175,6 +178,50 @@ def _plot(path: Path, points: Sequence[Mapping[str, str]], summaries: Sequence[S
         axes[1, 0].set(ylabel="training loss (no point: not finite)")
     axes[-1, 0].set(xlabel=axis)
     ax.legend(**({"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 7} if panels == 2 else {}))
+    _save(fig, path)
+
+
+def _plot_panels(path: Path, points: Sequence[Mapping[str, str]], summaries: Sequence[Summary]) -> None:
+    """PSNR where three or more things vary: one across a panel, attacks (or what varies most) as its lines, the rest
+    a panel for each of its values, with the mean image dashed."""
+    plt = _pyplot()
+    values = {key: sorted({p[key] for p in points}, key=_rank) for key in points[0]}
+    by_size = sorted(values, key=lambda key: -len(values[key]))
+    lines = "attack" if "attack" in values else by_size[1]
+    axis = next(key for key in by_size if key != lines)
+    down, *more = (key for key in values if key not in (axis, lines))
+    across = sorted({tuple(p[k] for k in more) for p in points}, key=lambda cell: [*map(_rank, cell)])
+    rows, columns = len(values[down]), len(across)
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.6 * columns + 1.6, 2.3 * rows + 0.5),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    found = {tuple(p[k] for k in (lines, axis, down, *more)): s for p, s in zip(points, summaries, strict=True)}
+    for row, row_axes in zip(values[down], axes, strict=True):
+        for cell, ax in zip(across, row_axes, strict=True):
+            shown: list[Summary] = []
+            for line in values[lines]:
+                here = [(x, found[key]) for x in values[axis] if (key := (line, x, row, *cell)) in found]
+                y, error = ([s["psnr"][k] for _, s in here] for k in ("mean", "std"))
+                spots = [values[axis].index(x) for x, _ in here]
+                ax.errorbar(spots, y, yerr=error, marker="o", markersize=4, capsize=2, label=line)
+                shown += [s for _, s in here]
+            if shown:
+                mean = sum(s["baseline_psnr"] for s in shown) / len(shown)
+                ax.axhline(mean, color="grey", linestyle="--", label="mean public image")
+            where = ", ".join(f"{k} {v}" for k, v in zip((down, *more), (row, *cell), strict=True))
+            ax.set_title(where, fontsize=8)
+            ax.set_xticks(range(len(values[axis])), values[axis])
+    for ax in axes[-1]:
+        ax.set_xlabel(axis)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("PSNR (dB)")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, title=lines)
     _save(fig, path)
 
 
