@@ -33,7 +33,9 @@ class SME(SignedInversion):
     iterations: int = hp(300, "steps at the most, of each run", least=1, paper=5000, source="run_experiment.py")
     lr: float = hp(0.1, "Adam's step in the model's units", above=0, paper=1e-3, source="run_experiment.py")
     tv: float = hp(0.6, "total-variation weight", least=0, paper=1e-4, source="run_experiment.py")
-    strides: int = hp(4, "K, from W_t to W_t+1; 1: one surrogate on the straight line, as published", least=1, paper=1)
+    strides: int = hp(
+        4, "K, from W_t to W_t+1, T at the most; 1: one surrogate on the straight line, as published", least=1, paper=1
+    )
     alpha: float = hp(0.5, "share of W_t in the one surrogate at the start", least=0)
     alpha_lr: float = hp(0.01, "Adam's step for that share", above=0, paper=1e-3, source="run_experiment.py")
 
@@ -47,6 +49,7 @@ class SME(SignedInversion):
         if seen.update.kind == "gradient" or seen.recipe.steps(match.count) == 1:
             return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
 
+        strides = min(self.strides, seen.recipe.steps(match.count))
         whole = seen.update.tensors
         end = [w - d for w, d in zip(match.meta.weights, whole, strict=True)]
         length = inner(whole, whole)
@@ -60,16 +63,16 @@ class SME(SignedInversion):
 
         def followed(pixels: Tensor, labels: Tensor) -> Tensor:
             way = [torch.zeros_like(d) for d in whole]
-            for left in range(self.strides, 0, -1):
+            for left in range(strides, 0, -1):
                 here = (w - a for w, a in zip(match.meta.weights, way, strict=True))
                 halfway = [torch.lerp(w, e, 0.5 / left) for w, e in zip(here, end, strict=True)]
                 g = slope(pixels, labels, halfway)
                 # a guess that is far off may even step back: no stride is more than ten times its share
                 along = torch.maximum(inner(g, whole), 0.1 * (inner(g, g) * length).clamp(min=TINY).sqrt())
-                c = length / self.strides / along.clamp(min=TINY)
+                c = length / strides / along.clamp(min=TINY)
                 way = [a + c * t for a, t in zip(way, g, strict=True)]
             return cosine_distance(way, match.target)
 
-        if self.strides > 1:
+        if strides > 1:
             return self.answer(*self.descend(match, labels, rng, followed))
         return self.answer(*self.descend(match, labels, rng, surrogate, extra={self.alpha: self.alpha_lr}))

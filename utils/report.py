@@ -189,9 +189,9 @@ def _plot_panels(path: Path, points: Sequence[Mapping[str, str]], summaries: Seq
     by_size = sorted(values, key=lambda key: -len(values[key]))
     lines = "attack" if "attack" in values else by_size[1]
     axis = next(key for key in by_size if key != lines)
-    down, *more = (key for key in values if key not in (axis, lines))
-    across = sorted({tuple(p[k] for k in more) for p in points}, key=lambda cell: [*map(_rank, cell)])
-    rows, columns = len(values[down]), len(across)
+    *more, across = (key for key in values if key not in (axis, lines))
+    down = sorted({tuple(p[k] for k in more) for p in points}, key=lambda cell: [*map(_rank, cell)])
+    rows, columns = len(down), len(values[across])
     fig, axes = plt.subplots(
         rows,
         columns,
@@ -201,12 +201,12 @@ def _plot_panels(path: Path, points: Sequence[Mapping[str, str]], summaries: Seq
         sharey=True,
         layout="constrained",
     )
-    found = {tuple(p[k] for k in (lines, axis, down, *more)): s for p, s in zip(points, summaries, strict=True)}
-    for row, row_axes in zip(values[down], axes, strict=True):
-        for cell, ax in zip(across, row_axes, strict=True):
+    found = {tuple(p[k] for k in (lines, axis, across, *more)): s for p, s in zip(points, summaries, strict=True)}
+    for cell, row_axes in zip(down, axes, strict=True):
+        for column, ax in zip(values[across], row_axes, strict=True):
             shown: list[Summary] = []
             for line in values[lines]:
-                here = [(x, found[key]) for x in values[axis] if (key := (line, x, row, *cell)) in found]
+                here = [(x, found[key]) for x in values[axis] if (key := (line, x, column, *cell)) in found]
                 y, error = ([s["psnr"][k] for _, s in here] for k in ("mean", "std"))
                 spots = [values[axis].index(x) for x, _ in here]
                 ax.errorbar(spots, y, yerr=error, marker="o", markersize=4, capsize=2, label=line)
@@ -214,7 +214,7 @@ def _plot_panels(path: Path, points: Sequence[Mapping[str, str]], summaries: Seq
             if shown:
                 mean = sum(s["baseline_psnr"] for s in shown) / len(shown)
                 ax.axhline(mean, color="grey", linestyle="--", label="mean public image")
-            where = ", ".join(f"{k} {v}" for k, v in zip((down, *more), (row, *cell), strict=True))
+            where = ", ".join(f"{k} {v}" for k, v in zip((*more, across), (*cell, column), strict=True))
             ax.set_title(where, fontsize=8)
             ax.set_xticks(range(len(values[axis])), values[axis])
     for ax in axes[-1]:
