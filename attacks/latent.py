@@ -59,7 +59,7 @@ class LatentInversion(Attack):
     lr: float = hp(0.1, "Adam's step; up over the first 5%, down over the last 25%", above=0, source="authors' adam.py")
     spread: float = hp(0.5, "CMA-ES: deviation of the first draws about z = 0", above=0)
     matching: Literal["cosine", "l2"] = hp("cosine", "D: cosine distance, or squared distance over tensors", paper="l2")
-    prior: float = hp(1e-4, "weight r of R, the divergence of z's entries from N(0, 1)", least=0, paper=0.1)
+    prior: float = hp(1e-5, "weight r of R, the divergence of z's entries from N(0, 1)", least=0, paper=0.1)
     noise: float | None = hp(
         None,
         "deviation of noise on the update, then D is l2 and R the posterior's; default: what the recipe's defence adds",
