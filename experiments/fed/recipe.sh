@@ -2,7 +2,7 @@
 # Do these attacks work in federated learning? Every gradient-matching attack over local steps, learning rate and
 # images of a client, on the same victims. Each attack ends with its table and plot, all together with one more.
 # sh experiments/fed/recipe.sh [flags]      all flags: --help
-# The whole grid is a day's work of one core. QUICK=1 before it: a third of the grid on 16x16 images, half an hour.
+# The whole grid takes many hours. QUICK=1 before it: a third of the grid, on 16x16 images.
 # ATTACKS="ig_single sme" STEPS=1,5 RATES=0.01 IMAGES=1,4 before it narrow the grid.
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
