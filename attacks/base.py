@@ -64,12 +64,12 @@ class Attack(ABC):
         """
         return None
 
-    def companion(self) -> "Attack | None":
-        """An attack on the same updates whose score stands beside this one's."""
+    def companion(self, kind: str) -> "Attack | None":
+        """An attack on the same updates, of this kind, whose score stands beside this one's."""
         return None
 
     def floor(self, task: Task, public: Batch, truth: Batch) -> Tensor | None:
-        """Images (N, C, H, W): the best of those it can make at all, had it seen the true ones; for scoring only."""
+        """Images (N, C, H, W): what its search would end at, had it seen the true ones; for scoring only."""
         return None
 
     def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor | None:
@@ -152,7 +152,7 @@ class Checkpoint:
         self._number += 1
         if self._number <= len(self._ended):
             fields, stream = self._ended[self._number - 1]
-            rng.set_state(stream)
+            rng.set_state(stream.cpu())
             return kind(**fields)
         result = work()
         self._ended.append((dict(vars(result)), rng.get_state()))
@@ -164,7 +164,7 @@ class Checkpoint:
         if self._open is None:
             return None
         (state, stream), self._open = self._open, None
-        rng.set_state(stream)
+        rng.set_state(stream.cpu())
         return state
 
     def save(self, rng: torch.Generator, state: dict[str, Any]) -> None:

@@ -365,7 +365,7 @@ class SignedInversion(Attack):
     start: Literal["grey", "normal"] = hp("grey", "mid-grey with a little noise, or N(0, 1)", paper="normal")
     patience: int = hp(100, "steps without a gain of 1%, after which the step size falls early; 0: never", least=0)
     precision: Literal["auto", "float32", "bfloat16"] = hp(
-        "auto", "of convolutions until the last eighth; auto: bfloat16 where the hardware has it", paper="float32"
+        "auto", "of 3x3 convolutions until the last eighth; auto: bfloat16 where the hardware has it", paper="float32"
     )
 
     def descend(
@@ -422,6 +422,7 @@ class SignedInversion(Attack):
         saved = checkpoint.resume(rng)
         ends = [round(self.iterations * share) for share in (3 / 8, 5 / 8, 7 / 8, 1)]
         half = self.precision == "bfloat16" or (self.precision == "auto" and has_bfloat16(match.device))
+        half = half and ends[HALVED - 1] < self.iterations  # the last steps are for float32
         for stage, length in enumerate(b - a for a, b in zip([0, *ends], ends, strict=False)):
             if saved is not None and stage < saved["stage"]:
                 continue

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from attacks.base import Attack, progress, register
 from attacks.features import Embedding, Tail, hidden_layer, invert_features
 from attacks.ica import GAUSS, differences, fast_ica, log_cosh, rotation, whitening
-from attacks.linear import explain, has_relu, head_scale, layer_gradient, pixel_layer, public_inputs, slopes, to_image
+from attacks.linear import (
+    explain,
+    has_relu,
+    head_scale,
+    layer_gradient,
+    nothing,
+    pixel_layer,
+    public_inputs,
+    slopes,
+    to_image,
+)
 from attacks.sparsity import SURE, Search, factors, measure, named
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
@@ -79,6 +89,8 @@ class CocktailParty(Attack):
         layer, n, task = hidden_layer(seen.model), seen.update.num_examples, seen.task
         assert layer is not None, "a model without a hidden layer"
         gradient, bias = layer_gradient(seen, layer)  # (h, d), (h,)
+        if not gradient.isfinite().all():  # local training has blown up
+            return nothing(seen)
         pictures = pixel_layer(seen.model, task) is layer
         model, public, whiter = seen.model, public_inputs(seen), None
         if not pictures:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import Attack, checkpoint, discover, progress
-from attacks.common import Matching, Reading, put
-from federated.wire import Batch, Recipe, Task
+from attacks.common import Matching, Reading, note_adam, put
+from federated.wire import Batch, Recipe, Task, UsageError
 from models import priors
 from models.generators import ClassPCA, Prior
 from utils.cli import hp, settings
@@ -53,18 +53,17 @@ class LatentInversion(Attack):
     )
     latents: int = hp(32, "of an image", least=1)
     optimizer: Literal["adam", "cma"] = hp("adam", "of the latents: Adam, or CMA-ES, which needs no slope")
-    iterations: int = hp(300, "Adam steps of each run", least=1, paper=2500, source="authors' adam.py")
-    evaluations: int = hp(3000, "CMA-ES: of the objective, in each run", least=1, paper=25000, source="500 x 50")
+    iterations: int = hp(300, "Adam steps of each run", least=1)
+    evaluations: int = hp(3000, "CMA-ES: of the objective, in each run", least=1)
     restarts: int = hp(1, "runs; the lowest objective counts", least=1)
-    lr: float = hp(0.1, "Adam's step; up over the first 5%, down over the last 25%", above=0, source="authors' adam.py")
+    lr: float = hp(0.1, "Adam's step; up over the first 5%, down over the last 25%", above=0)
     spread: float = hp(0.5, "CMA-ES: deviation of the first draws about z = 0", above=0)
-    matching: Literal["cosine", "l2"] = hp("cosine", "D: cosine distance, or squared distance over tensors", paper="l2")
-    prior: float = hp(1e-5, "weight r of R, the divergence of z's entries from N(0, 1)", least=0, paper=0.1)
+    matching: Literal["cosine", "l2"] = hp("cosine", "D: cosine distance, or squared distance over tensors")
+    prior: float = hp(1e-5, "weight r of R, the divergence of z's entries from N(0, 1)", least=0)
     noise: float | None = hp(
         None,
         "deviation of noise on the update, then D is l2 and R the posterior's; default: what the recipe's defence adds",
         least=0,
-        paper=0.0,
     )
     reading: Reading = hp(
         "auto", "of a delta: average (as one gradient), unrolled (through the local steps), auto (unrolled if T > 1)"
@@ -73,8 +72,20 @@ class LatentInversion(Attack):
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
+        trained = self.generator != "class_pca" and self.generator_file is None
         if self.generator_file is not None:
             priors.require(self.generator_file, task)
+            dim = priors.manifest(self.generator_file)["order"].dim
+            if self.latents != dim:
+                raise UsageError(
+                    f"the generator in {self.generator_file} has {dim} latents of an image: --latents {dim}"
+                )
+        if not trained and (self.generator_steps or self.generator_units != "half"):
+            raise UsageError("--generator-steps and --generator-units are for training: they belong to --generator vae")
+        if kind == "gradient" and self.reading != "auto":
+            raise UsageError("--reading says how a weight delta is read: it belongs to main_fed.py")
+        if self.reading == "average" or (self.reading == "auto" and recipe.steps(num_examples) == 1):
+            note_adam(recipe, kind)
 
     def prepare(self, task: Task, public: Batch, about: Mapping[str, Any]) -> None:
         if self.generator_file is not None:
@@ -96,8 +107,9 @@ class LatentInversion(Attack):
     def floor(self, task: Task, public: Batch, truth: Batch) -> Tensor:
         return priors.nearest(self.belief(public, task.num_classes), *truth)
 
-    def companion(self) -> Attack | None:
-        return discover()["ig_single"](iterations=self.pixels) if self.pixels else None
+    def companion(self, kind: str) -> Attack | None:
+        name = "ig_single" if kind == "gradient" or self.reading == "average" else "ig_multi"  # as this one reads it
+        return discover()[name](iterations=self.pixels) if self.pixels else None
 
     def score(self, match: Matching, prior: Prior, labels: Tensor) -> Score:
         """The objective; where the noise's deviation s is known, -log p(z | g*) = D / (2 s^2) - log p(z), scaled."""
@@ -159,14 +171,17 @@ class LatentInversion(Attack):
         import cma
 
         draws = np.random.default_rng(int(torch.randint(2**31, (), generator=rng)))
-        options = {"seed": math.nan, "randn": lambda *size: draws.standard_normal(size), "verbose": -9}
+        # never more than asked for, though a generation of fewer than four teaches nothing
+        own = 4 + int(3 * math.log(math.prod(shape)))
+        options = {"popsize": max(2, min(own, self.evaluations)), "seed": math.nan, "verbose": -9}
+        options |= {"randn": lambda *size: draws.standard_normal(size)}
         strategy = cma.CMAEvolutionStrategy(np.zeros(math.prod(shape)), self.spread, options)
         trace: list[float] = []
 
         def latents(flat: np.ndarray) -> Tensor:
             return torch.from_numpy(flat).to(device, torch.float32).view(shape)
 
-        while len(trace) + strategy.popsize <= self.evaluations and not strategy.stop():
+        while not trace or (len(trace) + strategy.popsize <= self.evaluations and not strategy.stop()):
             asked = strategy.ask()
             with torch.no_grad():
                 values = [objective(latents(flat)).item() for flat in asked]

@@ -98,6 +98,11 @@ def alone_on_a_neuron(layer: nn.Linear, inputs: Tensor) -> Tensor:
     return passed[:, passed.sum(0) == 1].any(1)
 
 
+def nothing(seen: Observation, trace: tuple[float, ...] = (), iterations: int = 0) -> Reconstruction:
+    """The answer of an attack that found no image."""
+    return Reconstruction(seen.public.images[:0], seen.public.labels[:0], trace, iterations, status="diverged")
+
+
 def divide_rows(seen: Observation, layer: nn.Linear) -> Reconstruction:
     """x = dW_k / db_k for every row k of `layer`, and which of these are images rather than mixtures.
 
@@ -112,7 +117,7 @@ def divide_rows(seen: Observation, layer: nn.Linear) -> Reconstruction:
     fit = plausible(pixels)
     alive, pixels = alive[fit], pixels[fit].clamp(0, 1)
     if not len(alive):
-        return Reconstruction(seen.public.images[:0], seen.public.labels[:0], status="diverged")
+        return nothing(seen)
     inputs = seen.task.to_model(pixels.to(seen.public.images))
     said = slopes(seen.model, layer, inputs)  # (M, classes, h)
     said = said[torch.arange(len(alive)), :, alive] / count

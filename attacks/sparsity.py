@@ -34,10 +34,11 @@ class Search:
         """`public`: inputs (m, d) of `layer` that are of the kind the images' are."""
         self.layer, self.gradient = layer, gradient
         left, sizes, _ = factors(gradient)
-        self.rank = int((sizes[:n] > 4 * sizes[n]).sum())  # from the (n + 1)th value on there is nothing but rounding
+        rounding = sizes[n] if n < len(sizes) else 1e-9 * sizes[0]  # from the (n + 1)th value on there is nothing else
+        self.rank = int((sizes[:n] > 4 * rounding).sum())
         self.live = gradient.norm(dim=1) > 1e-6 * gradient.norm(dim=1).max()
         self.factor = left[self.live, : self.rank] * sizes[: self.rank]  # L (h, r)
-        self.noise = (sizes[n] / sum(side**0.5 for side in gradient.shape)).item()  # of an entry of L
+        self.noise = (rounding / sum(side**0.5 for side in gradient.shape)).item()  # of an entry of L
         silent = (layer(public) <= 0)[:, self.live].double()  # (m, h)
         share = silent.mean(0)
         self.prior = (4 * share * (1 - share)).clamp(min=0.01)  # (h,)
@@ -107,7 +108,7 @@ class Search:
             if len(v) < 2:
                 return
             full = v.abs() > 10 * self.rounding(v.T)[:, None]
-            i, j = torch.cartesian_prod(torch.arange(len(v)), torch.arange(len(v))).T
+            i, j = torch.cartesian_prod(*[torch.arange(len(v), device=v.device)] * 2).T
             i, j = i[i != j], j[i != j]
             # c that makes row k of v_i + c v_j zero; where several rows name one c, they have one reason
             c = torch.where(full[i] & full[j], -v[i] / v[j], torch.inf).sort(1).values  # (p, h)

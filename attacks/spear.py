@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from attacks.base import Attack, progress, register
 from attacks.ica import differences
-from attacks.linear import assign_granted, has_relu, layer_gradient, public_inputs, require_pixel_layer, to_image
+from attacks.linear import (
+    assign_granted,
+    has_relu,
+    layer_gradient,
+    nothing,
+    public_inputs,
+    require_pixel_layer,
+    to_image,
+)
 from attacks.sparsity import SURE, Search, measure, named
 from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
 from utils.cli import hp
@@ -60,9 +68,11 @@ class Spear(Attack):
         layer = require_pixel_layer("spear", seen.model, seen.task)
         gradient, bias = layer_gradient(seen, layer)  # (h, d), (h,)
         n, public = seen.update.num_examples, seen.task.to_model(seen.public.images)
+        if not gradient.isfinite().all():  # local training has blown up
+            return nothing(seen)
         search = Search(layer, gradient, n, public.flatten(1))
         if not search.rank:
-            return Reconstruction(seen.public.images[:0], seen.public.labels[:0], status="diverged")
+            return nothing(seen)
         see = partial(differences, task=seen.task)
         if self.start == "images":
             search.follow(see, rng)
@@ -85,9 +95,7 @@ class Spear(Attack):
                 search.follow(see, rng, rounds=1)
             progress(drawn, self.subsets, search.doubt)
         if search.best is None:
-            return Reconstruction(
-                seen.public.images[:0], seen.public.labels[:0], tuple(trace), drawn, status="diverged"
-            )
+            return nothing(seen, tuple(trace), drawn)
         labels, likeness = named(seen.model, layer, *search.best, inputs)
         labels = assign_granted(seen, labels, -likeness)
         images = to_image(search.best[0], seen.task).clamp(0, 1).float()

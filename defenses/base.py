@@ -49,8 +49,11 @@ class Chain:
 
     @property
     def noise(self) -> float:
-        """Deviation of all that is drawn onto an entry."""
-        return math.hypot(*(step.noise for step in self.steps))
+        """Deviation of what has been drawn onto an entry; 0 where a later step has made something else of it."""
+        drawn = 0.0
+        for step in self.steps:
+            drawn = math.hypot(drawn, step.noise) if step.noise else 0.0
+        return drawn
 
     def __call__(self, tensors: Sequence[Tensor], rng: torch.Generator | None = None) -> tuple[Tensor, ...]:
         for step in self.steps:

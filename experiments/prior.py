@@ -1,6 +1,5 @@
 """Trains a generative prior on the public split of a data set, and says how near it comes to images it has not seen."""
 
-import json
 import time
 from pathlib import Path
 from typing import Literal
@@ -9,11 +8,11 @@ import torch
 import tyro
 
 import data
-from federated.wire import Batch, UsageError
+from federated.wire import Batch
 from models import priors
-from utils.cli import ROOT, fail, hp, settings
+from utils.cli import ROOT, hp, settings
 from utils.evaluator import psnr
-from utils.run import choose_device, commit, public_images
+from utils.run import choose_device, commit, plain_mistakes, public_images
 
 
 @settings
@@ -29,11 +28,9 @@ class Flags:
     seed: int = hp(0, "of its weights and draws", least=0)
     held_out: int = hp(64, "test images it is measured on", least=1)
     device: str = hp("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = hp(1, "CPU threads", least=1)
 
 
 def main(flags: Flags) -> None:
-    torch.set_num_threads(flags.threads)
     device = choose_device(flags.device)
     source = data.load(flags.dataset, base_datadir=flags.base_datadir, image_size=flags.image_size, normalize="none")
     public = Batch(*(t.to(device) for t in public_images(source)))
@@ -48,22 +45,23 @@ def main(flags: Flags) -> None:
     start = time.monotonic()
     prior, home = priors.obtain(order, public, source.task.num_classes, {"dataset": flags.dataset, "commit": commit()})
     took = time.monotonic() - start
+    told = priors.manifest(home)
+    print(
+        f"{flags.generator} of {told['parameters']} numbers, {told['images']} public images, {order.steps} steps in "
+        f"{told['seconds']:.0f} s ({took:.0f} s of them now), last loss {told['last_loss']:.3f}\n{home / 'samples.png'}"
+    )
     count = min(flags.held_out, len(source.test))
+    if not count:  # a folder whose classes have fewer than three images
+        return
     images, labels = source.test.take(torch.linspace(0, len(source.test) - 1, count).round().long())
     made = priors.nearest(prior, images.to(device), labels.to(device)).cpu()
     floor = [psnr(x, best) for x, best in zip(images, made, strict=True)]
-    told = json.loads((home / "manifest.json").read_text())
     print(
-        f"{flags.generator} of {told['parameters']} numbers, {told['images']} public images, {order.steps} steps in "
-        f"{told['seconds']:.0f} s ({took:.0f} s of them now), last loss {told['last_loss']:.3f}\n"
         f"floor: held-out images come back at {sum(floor) / count:.2f} dB on the mean, {min(floor):.2f} to "
-        f"{max(floor):.2f}, when the latents are sought that suit them best\n"
-        f"{home / 'samples.png'}"
+        f"{max(floor):.2f}, when the latents are sought that suit them best"
     )
 
 
 if __name__ == "__main__":
-    try:
+    with plain_mistakes():
         main(tyro.cli(Flags, description=__doc__))
-    except UsageError as problem:
-        fail(str(problem))

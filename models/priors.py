@@ -56,10 +56,11 @@ def obtain(what: Order, public: Batch, classes: int, about: Mapping[str, Any] | 
     `about` goes into the manifest of one made now.
     """
     home = checkpoints() / f"{what.kind}-{_key(what, public, classes)}"
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / ".lock"):  # a second run waits for the first, and finds what it has made
-        if not (home / "generator.safetensors").exists():
-            _train(what, public, classes, home, about or {})
+    if not (home / "generator.safetensors").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / ".lock"):  # a second run waits for the first, and finds what it has made
+            if not (home / "generator.safetensors").exists():
+                _train(what, public, classes, home, about or {})
     return load(home, public.images.device), home
 
 
@@ -67,9 +68,8 @@ def load(home: Path, device: torch.device | str = "cpu") -> Prior:
     """The prior kept in folder `home`, in eval mode. Raises UsageError if there is none, or it is damaged."""
     told = manifest(home)
     try:
-        what = Order(**told["order"])
         with torch.random.fork_rng(devices=[]):  # weights are drawn, only to be replaced
-            prior = KINDS[what.kind][0](what, tuple(told["image_shape"]), told["classes"])
+            prior = KINDS[told["order"].kind][0](told["order"], told["image_shape"], told["classes"])
         prior.load_state_dict(load_file(home / "generator.safetensors", device=str(device)))
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
         raise UsageError(f"{home} holds no whole generator: make one with experiments/prior.sh") from None
@@ -79,15 +79,22 @@ def load(home: Path, device: torch.device | str = "cpu") -> Prior:
 def manifest(home: Path) -> dict[str, Any]:
     """What is known of the prior in `home`. Raises UsageError where there is none."""
     try:
-        return json.loads((home / "manifest.json").read_text())
-    except (OSError, ValueError):
+        told = json.loads((home / "manifest.json").read_text())
+        channels, height, width = told["image_shape"]
+        return told | {
+            "image_shape": (int(channels), int(height), int(width)),
+            "classes": int(told["classes"]),
+            "order": Order(**told["order"]),
+            "data": str(told["data"]),
+        }
+    except (OSError, ValueError, LookupError, TypeError):
         raise UsageError(f"{home} holds no generator: make one with experiments/prior.sh") from None
 
 
 def require(home: Path, task: Task, public: Batch | None = None) -> None:
     """Raises UsageError unless the prior in `home` was made for this task and, if given, of these public images."""
     told = manifest(home)
-    shape, classes = tuple(told["image_shape"]), told["classes"]
+    shape, classes = told["image_shape"], told["classes"]
     if (shape, classes) != (task.image_shape, task.num_classes):
         want = "x".join(map(str, task.image_shape))
         raise UsageError(
@@ -109,9 +116,12 @@ def data_digest(public: Batch) -> str:
 
 
 def nearest(prior: Prior, images: Tensor, labels: Tensor, steps: int = 500) -> Tensor:
-    """The images of `prior` closest to `images` (N, C, H, W) in squared error, from z = 0 by Adam: what it can do at
-    its best for somebody who sees them."""
-    z = torch.zeros(len(images), prior.dim).to(images).requires_grad_()
+    """The images of `prior` closest to `images` (N, C, H, W) in squared error, by Adam from z = 0 and two other starts:
+    what it can do at its best for somebody who sees them."""
+    count, rng = len(images), torch.Generator().manual_seed(0)
+    starts = [torch.zeros(count, prior.dim), *(torch.randn(count, prior.dim, generator=rng) for _ in range(2))]
+    z = torch.cat(starts).to(images).requires_grad_()
+    images, labels = images.repeat(len(starts), 1, 1, 1), labels.repeat(len(starts))
     optimizer = torch.optim.Adam([z], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -119,18 +129,31 @@ def nearest(prior: Prior, images: Tensor, labels: Tensor, steps: int = 500) -> T
         (z.grad,) = torch.autograd.grad(misfit, z)
         optimizer.step()
         schedule.step()
-    return prior.decode(z.detach(), labels)
+    made = prior.decode(z.detach(), labels)
+    best = (made - images).square().flatten(1).sum(1).view(-1, count).argmin(0)
+    return made.view(len(starts), count, *made.shape[1:])[best, torch.arange(count)]
 
 
 def _key(what: Order, public: Batch, classes: int) -> str:
     """Twelve digits over everything a trained generator depends on, the code that trains it included."""
-    code = "".join(inspect.getsource(module) for module in (trained, inspect.getmodule(KINDS[what.kind][0])))
+    modules = (sys.modules[__name__], trained, inspect.getmodule(KINDS[what.kind][0]))
+    code = "".join(inspect.getsource(module) for module in modules)
     facts = [asdict(what), classes, data_digest(public), hashlib.sha256(code.encode()).hexdigest()]
+    facts += [torch.__version__, public.images.device.type]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def _train(what: Order, public: Batch, classes: int, home: Path, about: Mapping[str, Any]) -> None:
-    """Trains to the end, from where an interrupted training left off."""
+    """Trains to the end, from where an interrupted training left off; on one thread, for more would sum otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _train_on_one_thread(what, public, classes, home, about)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_on_one_thread(what: Order, public: Batch, classes: int, home: Path, about: Mapping[str, Any]) -> None:
     rng = torch.Generator().manual_seed(what.seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(what.seed)

@@ -53,6 +53,13 @@ class Trainer(ABC):
         return None
 
 
+@torch.no_grad()
+def level(label: nn.Embedding, seen: Tensor) -> None:
+    """Classes without an image among those `seen` (M,) get the mean of what stands for the others."""
+    unseen = torch.bincount(seen, minlength=label.num_embeddings) == 0
+    label.weight[unseen] = label.weight[~unseen].mean(0)
+
+
 class Units(nn.Module):
     """Between pixels in [0, 1] and the units a generator's last layer speaks in."""
 

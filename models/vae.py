@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from federated.wire import Batch
 from models.generators import Prior
 from models.registry import Shape
-from models.trained import LABEL, Order, Trainer, Units, Upward, augmented, downward
+from models.trained import LABEL, Order, Trainer, Units, Upward, augmented, downward, level
 
 SPREAD = 0.1  # deviation of a pixel about its prediction
 LR = 2e-3
@@ -84,7 +84,7 @@ class VAETrainer(Trainer):
         return {"prior": self.prior, "optimizer": self.optimizer}
 
     def steps(self, start: int, rng: torch.Generator) -> Iterator[float]:
-        """Says the negative evidence bound, in nats per number of an image."""
+        """Says misfit and divergence, in nats per number of an image."""
         self.prior.train()
         for step in range(start, self.order.steps):
             share = step / self.order.steps
@@ -102,4 +102,5 @@ class VAETrainer(Trainer):
             yield loss.item() / math.prod(images.shape[1:])
 
     def finish(self) -> None:
+        level(self.prior.label, self.public.labels)
         self.prior.whiten(self.public)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from federated.wire import Batch
 from models.generators import Prior
 from models.registry import Shape
-from models.trained import LABEL, Order, Trainer, Units, Upward, augmented, downward
+from models.trained import LABEL, Order, Trainer, Units, Upward, augmented, downward, level
 
 PENALTY, CRITIC_STEPS, LR = 10.0, 5, 1e-4  # Gulrajani et al., algorithm 1
 BETAS = (0.5, 0.999)  # GGL's training script
@@ -39,7 +39,7 @@ class WGAN(Prior):
 
 
 class Critic(nn.Module):
-    """D(x, y) = head(f(x)) + <e_y, f(x)>, after Miyato and Koyama, ICLR 2018; no norm, which would tie images."""
+    """D(x, y) = head(f(x)) + <e_y, f(x)> / size, after Miyato, Koyama, ICLR 2018; no norm, which would tie images."""
 
     def __init__(self, order: Order, shape: Shape, classes: int) -> None:
         super().__init__()
@@ -90,6 +90,9 @@ class WGANTrainer(Trainer):
 
     def _latents(self, rng: torch.Generator) -> Tensor:
         return torch.randn(self.order.batch, self.prior.dim, generator=rng).to(self.public.images)
+
+    def finish(self) -> None:
+        level(self.prior.label, self.public.labels)
 
     @staticmethod
     def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

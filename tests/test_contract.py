@@ -22,7 +22,9 @@ KINDS = ("gradient", "delta")
 
 def quick(name: str) -> Attack:
     """The attack with a budget that shows it runs, not that it succeeds."""
-    small = {"iterations": 3, "restarts": 1, "weight_iterations": 3, "generator_steps": 3, "latents": 4}
+    small = {"iterations": 3, "restarts": 1, "weight_iterations": 3, "latents": 4}
+    if getattr(REGISTRY[name], "generator", "class_pca") != "class_pca":
+        small["generator_steps"] = 3
     fields = {f.name for f in dataclasses.fields(REGISTRY[name])}
     return REGISTRY[name](**{k: v for k, v in small.items() if k in fields})
 

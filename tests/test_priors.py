@@ -9,9 +9,10 @@ import torch
 
 import data
 from attacks.base import REGISTRY, discover
+from attacks.common import Matching
 from defenses.base import parse
-from federated.client import gradient
-from federated.wire import Batch, Observation, Recipe, Task
+from federated.client import gradient, train
+from federated.wire import Batch, Observation, Recipe, Task, UsageError
 from models import build, priors, vae, wgan
 from models.generators import ClassPCA, Prior
 from tests.commands import in_process, only_run, rows, shell
@@ -48,6 +49,7 @@ def observed(truth: Batch, seen: Batch, defense: str = "none") -> Observation:
 def test_makes_images_of_any_shape(kind: str, channels: int, side: int, checkpoints: Path) -> None:
     order = priors.order(kind, dim=5, steps=2, width=8)
     prior, home = priors.obtain(order, public(12, channels, side), 4)  # a fourth class without an image
+    assert torch.allclose(prior.label.weight[3], prior.label.weight[:3].mean(0))
     images = prior.decode(3 * torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.arange(4))
     assert images.shape == (4, channels, side, side)
     assert 0 <= images.min() <= images.max() <= 1
@@ -89,8 +91,11 @@ def test_a_prior_is_found_again_and_only_for_the_same_images(checkpoints: Path) 
     made = (home / "generator.safetensors").stat().st_mtime_ns
     assert priors.obtain(order, public(12), 3)[1] == home
     assert (home / "generator.safetensors").stat().st_mtime_ns == made
-    told = json.loads((home / "manifest.json").read_text())
-    assert (told["dataset"], told["images"], told["order"]["seed"]) == ("pictures", 12, 0)
+    told = priors.manifest(home)
+    assert (told["dataset"], told["images"], told["order"].seed) == ("pictures", 12, 0)
+    (home / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no generator"):
+        priors.load(home)
     one_pixel = public(12)
     one_pixel.images[0, 0, 0, 0] += 0.01
     assert priors.obtain(order, one_pixel, 3)[1] != home
@@ -122,7 +127,7 @@ def trained() -> tuple[Batch, Prior]:
     return shown, priors.obtain(priors.order("vae", dim=32, steps=200), shown, 3)[0]
 
 
-def test_the_floor_is_never_below_what_was_found_in_range(trained: tuple[Batch, Prior]) -> None:
+def test_the_floor_is_the_image_itself_in_range(trained: tuple[Batch, Prior]) -> None:
     _, prior = trained
     z = 0.7 * torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 2, 0])
@@ -170,12 +175,47 @@ def test_the_noise_of_a_defence_is_known_and_weighs_the_prior() -> None:
     assert not torch.equal(answer(), answer(noise=0.0))
 
 
+@pytest.mark.parametrize("kind", ["gradient", "delta"])
+def test_under_known_noise_the_objective_is_the_posterior(kind: str) -> None:
+    """-log p(z | g*) = |g(G(z)) - g*|^2 / (2 s^2) + |z|^2 / 2, up to a factor and a constant: differences tell."""
+    shown, rng = public(), torch.Generator().manual_seed(0)
+    truth = Batch(shown.images[:1], shown.labels[:1])
+    net = build("cnn", TASK.image_shape, TASK.num_classes, rng=rng)
+    recipe = Recipe(1, 1, lr=0.1, defense=parse("gauss=0.02"))
+    update = gradient(net, truth, TASK, recipe, rng) if kind == "gradient" else train(net, truth, TASK, recipe, rng)[0]
+    match = Matching(Observation(TASK, recipe, net, update, shown))
+    prior = ClassPCA(shown, 4)
+    objective = REGISTRY["ggl"]().score(match, prior, truth.labels)
+    s = 0.02 if kind == "gradient" else 0.02 / 0.1  # a delta is read as a gradient, its noise with it
+
+    def both(z: torch.Tensor) -> tuple[float, float]:
+        images = prior.decode(z, truth.labels)
+        told = sum(
+            (a - b).square().sum() for a, b in zip(match.simulate(images, truth.labels), match.target, strict=True)
+        )
+        return objective(images, z).item(), (told / (2 * s**2) + z.square().sum() / 2).item()
+
+    points = [both(k * torch.ones(1, 4)) for k in (0.0, 1.0, 3.0)]
+    (a, b, c), (p, q, r) = zip(*points, strict=True)
+    assert (c - a) / (b - a) == pytest.approx((r - p) / (q - p), rel=0.02)
+
+
+def test_what_comes_after_noise_makes_it_unknown() -> None:
+    """Clipped noise is another noise: GGL then goes by direction."""
+    assert parse("clip=0.5+gauss=0.02").noise == 0.02
+    assert parse("gauss=0.03+gauss=0.04").noise == pytest.approx(0.05)
+    assert parse("gauss=0.02+clip=0.5").noise == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--dataset", "photos", "--image-size", "24"], "makes 3x16x16 images of 8 classes"),
         (["--dataset", "folder", "--base-datadir", "PICTURES", "--image-size", "16"], "trained on other images"),
         (["--generator-file", "nowhere"], "holds no generator"),
+        (["--image-size", "16", "--latents", "64"], "--latents 4"),
+        (["--generator", "class_pca", "--generator-steps", "5"], "belong to --generator vae"),
+        (["--reading", "unrolled"], "belongs to main_fed.py"),
     ],
 )
 def test_a_prior_of_other_images_is_refused_in_a_line(
@@ -197,8 +237,9 @@ def test_a_prior_of_other_images_is_refused_in_a_line(
     capsys.readouterr()
     flags = [str(tmp_path / "pictures") if f == "PICTURES" else f for f in flags]
     common = ["ggl", "--model", "cnn", "--trials", "1", "--out", str(tmp_path / "out")]
-    if "--generator-file" not in flags:
+    if "--generator-file" not in flags and "--generator" not in flags and "--reading" not in flags:
         flags += ["--generator-file", str(home)]
+        flags += [] if "--latents" in flags else ["--latents", "4"]
     assert in_process("main_grad.py", [*common, *flags], monkeypatch) == 2
     said = capsys.readouterr().err
     assert says in said

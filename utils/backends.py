@@ -28,7 +28,7 @@ from utils.cli import ROOT
 from utils.results import Store
 
 DEATHS = 3  # of workers that Ray makes good for a trial
-LEFT_AT_HOME = ("results", "datasets", "checkpoints", ".git", ".venv")  # not sent to the machines of a cluster
+LEFT_AT_HOME = ("results", "datasets", ".git", ".venv")  # not sent to the machines of a cluster, as generators are
 
 
 class Trial(Protocol):
@@ -65,7 +65,7 @@ class Shared:
         rec = _plain(self.attack.reconstruct(seen, self.stream("attack", trial)), seen.task)
         seconds = round(time.perf_counter() - start, 3)
         checkpoint.attend(None, lambda: False, lambda state: None)
-        companion = self.attack.companion()
+        companion = self.attack.companion(seen.update.kind)
         if companion is None:
             return rec, None, seconds
         return rec, _plain(companion.reconstruct(seen, self.stream("companion", trial)), seen.task), seconds

@@ -164,11 +164,12 @@ class Evaluator:
         self.lpips = lpips
 
     def score(
-        self, truth: Batch, rec: Reconstruction, beside: Reconstruction | None = None
+        self, truth: Batch, rec: Reconstruction, beside: Reconstruction | None = None, floor: Tensor | None = None
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """One row per true image, and the reconstructions in the order of the truths (N, C, H, W).
 
-        `beside` is what a companion made of the same update.
+        `beside` is what a companion made of the same update; `floor` (N, C, H, W), an oracle, the best of what was
+        searched.
         """
         finite = torch.isfinite(rec.images).flatten(1).all(1)
         usable = finite.nonzero().flatten()
@@ -204,6 +205,9 @@ class Evaluator:
         if beside is not None:
             for row, other in zip(rows, self.score(truth, beside)[0], strict=True):
                 row["companion_psnr"] = other["psnr"]
+        if floor is not None:
+            for row, x, best in zip(rows, truth.images, floor, strict=True):
+                row["oracle_floor_psnr"] = psnr(x, best)
         return rows, torch.stack(shown)
 
     def control(self, unrelated: Tensor, rec: Reconstruction) -> float:
@@ -245,11 +249,14 @@ def succeeded(row: dict[str, Any]) -> bool:
 
 def gain_over(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float] | None:
     """PSNR minus another one, in dB, paired by image: mean and its 95% interval by Student's t; None for fewer than two
-    images. Over "class_baseline_psnr", the mean public image of the victim's class, it is what pixels gave away beyond
-    the label."""
+    updates. Over "class_baseline_psnr", the mean public image of the victim's class, it is what pixels gave away beyond
+    the label. Images of one update, or of one client over the rounds, count as one: they are not independent."""
     from scipy.special import stdtrit
 
-    gains = [r["psnr"] - r[key] for r in rows]
+    apart: dict[Any, list[float]] = {}
+    for number, r in enumerate(rows):
+        apart.setdefault(r.get("client", r.get("trial", f"row {number}")), []).append(r["psnr"] - r[key])
+    gains = [statistics.fmean(own) for own in apart.values()]
     if len(gains) < 2:
         return None
     mean = statistics.fmean(gains)

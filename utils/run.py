@@ -28,9 +28,10 @@ import models
 from attacks.base import Attack, discover
 from federated.server import accuracy, pretrain
 from federated.wire import Batch, Observation, Recipe, Task, Update, UsageError
+from models.winograd import has_bfloat16
 from utils import cli, report
 from utils.backends import Attacked, Listener, Shared, check_ray, here, local, on_ray
-from utils.evaluator import Evaluator, Lpips, psnr, summarise
+from utils.evaluator import Evaluator, Lpips, summarise
 from utils.results import Store, digest, source_digest
 
 ROOMS = ("attacks", "data", "defenses", "federated", "models", "utils")
@@ -103,9 +104,9 @@ class Scene:
         return Batch(*(t.to(self.device) for t in self.public))
 
     def _class_mean(self, label: int) -> torch.Tensor | None:
-        """Mean public image (C, H, W) of a class, over 256 images at the most; None where it has none."""
-        mine = (self.dataset.public.labels == label).nonzero().flatten()[:256]
-        return self.dataset.public.take(mine).images.mean(0) if len(mine) else None
+        """Mean image (C, H, W) of a class over the public images at hand; None where it has none."""
+        mine = self.public.images[self.public.labels == label]
+        return mine.mean(0) if len(mine) else None
 
     @functools.cached_property
     def test(self) -> Batch:
@@ -172,6 +173,7 @@ class Scene:
             "code": source_digest(cli.ROOT, ROOMS),
             "torch": torch.__version__,
             "device": self.device.type,
+            "bfloat16": has_bfloat16(self.device),  # what --precision auto comes to
         }
 
     def config(self) -> dict[str, Any]:
@@ -193,20 +195,11 @@ class Scene:
 Observations = Callable[[Scene], Iterator[Victim]]
 
 
-def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observations) -> None:
-    """A command from its flags to its exit code: 0, 2 for bad input (one line), 130 for Ctrl-C."""
-    program = Path(sys.argv[0]).name
-    commands = cli.parse(sys.argv[1:], run_cls, discover(), f"python {program}")
+@contextlib.contextmanager
+def plain_mistakes() -> Iterator[None]:
+    """What ends a command early as one line: exit code 2 for bad input, 130 for Ctrl-C."""
     try:
-        scenes = [scene_cls(mode, command) for command in commands]  # every point is checked before the first starts
-        folders = [scene.folder for scene in scenes]
-        summaries = []
-        while scenes:  # each is let go with its data once it has run
-            summaries.append(execute(scenes.pop(0), observations))
-        if len(folders) > 1:
-            folder = folders[0].parent / f"sweep-{digest({'points': [f.name for f in folders]})}"
-            print("\n" + report.write_comparison(folder, [dict(c.swept) for c in commands], summaries))
-            print(f"{_shown(folder / 'table.md')}, table.csv, plot.png")
+        yield
     except UsageError as problem:
         cli.fail(str(problem))
     except OSError as problem:  # a full disk, a folder that went away
@@ -218,6 +211,22 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observations) -> None:
+    """A command from its flags to its exit code: 0, 2 for bad input (one line), 130 for Ctrl-C."""
+    program = Path(sys.argv[0]).name
+    commands = cli.parse(sys.argv[1:], run_cls, discover(), f"python {program}")
+    with plain_mistakes():
+        scenes = [scene_cls(mode, command) for command in commands]  # every point is checked before the first starts
+        folders = [scene.folder for scene in scenes]
+        summaries = []
+        while scenes:  # each is let go with its data once it has run
+            summaries.append(execute(scenes.pop(0), observations))
+        if len(folders) > 1:
+            folder = folders[0].parent / f"sweep-{digest({'points': [f.name for f in folders]})}"
+            print("\n" + report.write_comparison(folder, [dict(c.swept) for c in commands], summaries))
+            print(f"{_shown(folder / 'table.md')}, table.csv, plot.png")
 
 
 def execute(scene: Scene, observations: Observations) -> dict[str, Any]:
@@ -276,11 +285,8 @@ def _attack_and_score(scene: Scene, observations: Observations, store: Store) ->
     with bar:
         for victim, rec, beside, seconds in _reconstructions(scene, open_trials, on_progress, store):
             truth = Batch(*(t.cpu() for t in victim.truth))
-            scored, rebuilt = evaluator.score(truth, rec, beside)
             best = scene.attack.floor(scene.task, scene.public_on_device, victim.truth)
-            if best is not None:
-                for row, image, made in zip(scored, truth.images, best.cpu(), strict=True):
-                    row["oracle_floor_psnr"] = psnr(image, made)
+            scored, rebuilt = evaluator.score(truth, rec, beside, None if best is None else best.cpu())
             rows = [
                 {"trial": victim.trial, **row, "seconds": seconds, "oracle": scene.oracle, **victim.origin}
                 for row in scored
@@ -315,7 +321,7 @@ def _attack_and_score(scene: Scene, observations: Observations, store: Store) ->
         **summarise(rows, trials),
         "oracle": scene.oracle,
     }
-    if (companion := scene.attack.companion()) is not None:
+    if (companion := scene.attack.companion("gradient" if scene.mode == "grad" else "delta")) is not None:
         summary["companion"] = companion.name
     if rounds:
         losses = [r["loss"] for r in rounds]
