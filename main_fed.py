@@ -61,6 +61,8 @@ class FedScene(Scene):
             model_mode=run.model_mode,
             defense=parse(run.defense),
         )
+        if run.lr_schedule != "constant" and self.recipe.steps(largest) == 1:
+            raise UsageError(f"--lr-schedule {run.lr_schedule} wants more than one local step: raise --local-epochs")
         self.attack.check(self.model, self.task, self.recipe, "delta", largest)
 
     @staticmethod

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+from models.meta import BETAS, EPS
 
 
 class Adam:
@@ -29,7 +29,7 @@ class Adam:
         for x, g, lr, (m, v) in zip(self.variables, slopes, rates, self.moments, strict=True):
             m.lerp_(g, 1 - BETAS[0])
             v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-            x.addcdiv_(m, (v.sqrt() / second**0.5).add_(EPSILON), value=-lr / first)
+            x.addcdiv_(m, (v.sqrt() / second**0.5).add_(EPS), value=-lr / first)
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "moments": [(m.clone(), v.clone()) for m, v in self.moments]}

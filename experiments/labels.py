@@ -9,7 +9,6 @@ import itertools
 from pathlib import Path
 
 import torch
-import tyro
 
 import data
 import models
@@ -19,7 +18,7 @@ from federated.client import train
 from federated.wire import Batch, Observation, Recipe, Task
 from utils.cli import ROOT, hp, settings
 from utils.report import number, table
-from utils.run import stream
+from utils.run import page, stream
 
 
 @settings
@@ -80,4 +79,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    page(Flags, main, __doc__)

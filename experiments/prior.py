@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 import data
 from federated.wire import Batch
 from models import priors
 from utils.cli import ROOT, hp, settings
 from utils.evaluator import psnr
-from utils.run import choose_device, commit, plain_mistakes, public_images
+from utils.run import choose_device, commit, page, public_images
 
 
 @settings
@@ -63,5 +62,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    with plain_mistakes():
-        main(tyro.cli(Flags, description=__doc__))
+    page(Flags, main, __doc__)

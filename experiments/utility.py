@@ -4,10 +4,9 @@ import json
 import statistics
 from pathlib import Path
 
-import tyro
-
 from utils.cli import ROOT, fail, hp, settings
 from utils.report import number, table
+from utils.run import page
 
 
 @settings
@@ -42,4 +41,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags))
+    page(Flags, main)

@@ -106,6 +106,7 @@ FED = {
     "idle classes": (["dlg", "--classes-per-client", "1"], "--partition classes"),
     "too many images": (["baseline", "--client-images", "10000"], "image"),
     "momentum of Adam": (["dlg", "--client-optimizer", "adam", "--momentum", "0.9"], "--client-optimizer sgd"),
+    "a schedule of one step": (["dlg", "--lr-schedule", "cosine"], "raise --local-epochs"),
     "quotients of Adam's steps": (["rtf", "--client-optimizer", "adam"], "--client-optimizer sgd"),
     "zero epochs": (["dlg", "--local-epochs", "0"], "--local-epochs"),
 }

@@ -197,11 +197,11 @@ def _parse_one(name: str, flags: list[str], run_cls: type, attack_cls: type, pro
             raise
         fail(_one_line(err.getvalue()))
     for part in (parsed.attack, parsed.run):
-        _check_limits(part)
+        check_limits(part)
     return Command(name, parsed.attack, parsed.run)
 
 
-def _check_limits(part: Any) -> None:
+def check_limits(part: Any) -> None:
     """Every number within the limits its `hp` states."""
     for f in dataclasses.fields(part):
         value, limits = getattr(part, f.name), f.metadata.get("limits", {})

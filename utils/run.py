@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import tyro
 from torch import nn
 from tqdm import tqdm
 
@@ -41,6 +42,8 @@ TEST_MOST = 2000  # held-out images that accuracy is measured on
 LARGE = 1_000_000  # parameters, from which on a second thread is worth more than it costs
 # those that cannot change a number
 CHEAP_FLAGS = {"out", "jobs", "backend", "force", "sweep", "base_datadir", "weights", "device", "paper"}
+
+F = TypeVar("F")
 
 
 def stream(*path: int | str) -> torch.Generator:
@@ -227,6 +230,14 @@ def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observa
             folder = folders[0].parent / f"sweep-{digest({'points': [f.name for f in folders]})}"
             print("\n" + report.write_comparison(folder, [dict(c.swept) for c in commands], summaries))
             print(f"{_shown(folder / 'table.md')}, table.csv, plot.png")
+
+
+def page(flags: type[F], run: Callable[[F], None], about: str | None = None) -> None:
+    """A page of experiments/: flags parsed and held to their limits, and what ends it early said in one line."""
+    with plain_mistakes():
+        given = tyro.cli(flags, description=about)
+        cli.check_limits(given)
+        run(given)
 
 
 def execute(scene: Scene, observations: Observations) -> dict[str, Any]:

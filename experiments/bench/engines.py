@@ -181,7 +181,7 @@ def main() -> None:
     pictures = [*zip(watch.times, watch.pictures, strict=True)]
     if answer is not None:
         pictures.append((total, answer))
-    every = max(1, len(pictures) // KEPT)
+    every = max(1, -(-len(pictures) // KEPT))
     scores = [(t, score(victim.truth, p.cpu().float().clamp(0, 1))) for t, p in pictures[::-1][::every][::-1]]
     steps = len(watch.times)
     found = {

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -21,6 +20,7 @@ from experiments.bench.speed import machine, write
 from models.meta import MetaModel
 from utils.cli import ROOT, hp, settings
 from utils.report import number
+from utils.run import page
 
 
 @settings
@@ -113,4 +113,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    page(Flags, main, __doc__)

@@ -6,11 +6,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import tyro
-
 from experiments.bench.speed import machine, run, write
 from utils.cli import ROOT, hp, settings
 from utils.report import number
+from utils.run import page
 
 
 @settings
@@ -69,4 +68,4 @@ def command(words: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    page(Flags, main, __doc__)

@@ -16,11 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments.bench.reference import BUDGET
 from utils.cli import ROOT, fail, hp, settings
 from utils.report import number, table
+from utils.run import page
 
 CASES = {  # flags of main_grad; what an iteration of a round costs differs a hundredfold
     "dlg": ["grad", "dlg", "--trials", "1"],
@@ -175,4 +174,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    page(Flags, main, __doc__)
