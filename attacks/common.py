@@ -136,6 +136,14 @@ def note_adam(recipe: Recipe, kind: str) -> None:
         )
 
 
+def check_reading(reading: Reading, recipe: Recipe, kind: str, num_examples: int) -> None:
+    """Of --reading: a UsageError where there is no delta to read, a line where it takes Adam's for a gradient."""
+    if reading != "auto" and kind == "gradient":
+        raise UsageError("--reading says how a weight delta is read: it belongs to main_fed.py")
+    if reading == "average" or (reading == "auto" and recipe.steps(num_examples) == 1):
+        note_adam(recipe, kind)
+
+
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """<a, b>, each all its layers as one vector."""
     return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
@@ -239,12 +247,9 @@ class LbfgsInversion(Attack):
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
-        if self.reading != "auto" and kind == "gradient":
-            raise UsageError("--reading says how a weight delta is read: it belongs to main_fed.py")
         if num_examples > 1 and min(task.image_shape[1:]) < 2:
             raise UsageError("the prior of a batch needs images of at least 2x2 pixels")
-        if self.reading == "average" or (self.reading == "auto" and recipe.steps(num_examples) == 1):
-            note_adam(recipe, kind)
+        check_reading(self.reading, recipe, kind, num_examples)
 
     def invert(
         self,

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from attacks.base import checkpoint, register
-from attacks.common import Matching
+from attacks.common import Matching, put
 from attacks.labels import settle_labels
 from attacks.latent import Found, LatentInversion, descend
 from federated.wire import Observation, Reconstruction
@@ -43,9 +43,8 @@ class GIAS(LatentInversion):
             return descend(weights, lambda: score(prior.decode(z, labels), z), self.weight_iterations, lr, rng)
 
         moved = checkpoint.stretch(Found, rng, move)
+        put(weights, moved.values)
         with torch.no_grad():
-            for weight, value in zip(weights, moved.values, strict=True):
-                weight.copy_(value)
             images = prior.decode(z, labels)
         return Reconstruction(
             images=images,

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import Attack, checkpoint, discover, progress
-from attacks.common import Matching, Reading, note_adam, put
+from attacks.common import Matching, Reading, check_reading, put
 from federated.wire import Batch, Recipe, Task, UsageError
 from models import priors
 from models.generators import ClassPCA, Prior
 from utils.cli import hp, settings
 
 Score = Callable[[Tensor, Tensor], Tensor]  # images (N, C, H, W), latents (N, dim) -> objective ()
+Objective = Callable[[Tensor], Tensor]  # latents (N, dim) -> objective ()
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,14 @@ class LatentInversion(Attack):
         super().check(model, task, recipe, kind, num_examples)
         trained = self.generator != "class_pca" and self.generator_file is None
         if self.generator_file is not None:
-            priors.require(self.generator_file, task)
-            dim = priors.manifest(self.generator_file)["order"].dim
+            dim = priors.require(self.generator_file, task)["order"].dim
             if self.latents != dim:
                 raise UsageError(
                     f"the generator in {self.generator_file} has {dim} latents of an image: --latents {dim}"
                 )
         if not trained and (self.generator_steps or self.generator_units != "half"):
             raise UsageError("--generator-steps and --generator-units are for training: they belong to --generator vae")
-        if kind == "gradient" and self.reading != "auto":
-            raise UsageError("--reading says how a weight delta is read: it belongs to main_fed.py")
-        if self.reading == "average" or (self.reading == "auto" and recipe.steps(num_examples) == 1):
-            note_adam(recipe, kind)
+        check_reading(self.reading, recipe, kind, num_examples)
 
     def prepare(self, task: Task, public: Batch, about: Mapping[str, Any]) -> None:
         if self.generator_file is not None:
@@ -135,23 +132,15 @@ class LatentInversion(Attack):
             return score(prior.decode(z, labels), z)
 
         one = self._adam if self.optimizer == "adam" else self._cma
-        shape = (len(labels), prior.dim)
+        centre = torch.zeros(len(labels), prior.dim, device=labels.device)
         runs = [
-            checkpoint.stretch(Found, rng, partial(one, objective, shape, labels.device, rng, run))
-            for run in range(self.restarts)
+            checkpoint.stretch(Found, rng, partial(one, objective, centre, rng, run)) for run in range(self.restarts)
         ]
         best = min(runs, key=lambda run: run.loss)
         return best.values[0], best.trace, sum(len(run.trace) for run in runs)
 
-    def _adam(
-        self,
-        objective: Callable[[Tensor], Tensor],
-        shape: tuple[int, int],
-        device: torch.device,
-        rng: torch.Generator,
-        run: int,
-    ) -> Found:
-        z = (0.01 * torch.randn(shape, generator=rng)).to(device).requires_grad_()
+    def _adam(self, objective: Objective, centre: Tensor, rng: torch.Generator, run: int) -> Found:
+        z = (0.01 * torch.randn(centre.shape, generator=rng)).to(centre).requires_grad_()
 
         def lr(share: float) -> float:
             down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - share) / 0.25))
@@ -159,27 +148,20 @@ class LatentInversion(Attack):
 
         return descend([z], lambda: objective(z), self.iterations, lr, rng, (run, self.restarts))
 
-    def _cma(
-        self,
-        objective: Callable[[Tensor], Tensor],
-        shape: tuple[int, int],
-        device: torch.device,
-        rng: torch.Generator,
-        run: int,
-    ) -> Found:
+    def _cma(self, objective: Objective, centre: Tensor, rng: torch.Generator, run: int) -> Found:
         """Covariance matrix adaptation. Hansen, Ostermeier, Evolutionary Computation 9, 2001."""
         import cma
 
         draws = np.random.default_rng(int(torch.randint(2**31, (), generator=rng)))
         # never more than asked for, though a generation of fewer than four teaches nothing
-        own = 4 + int(3 * math.log(math.prod(shape)))
+        own = 4 + int(3 * math.log(centre.numel()))
         options = {"popsize": max(2, min(own, self.evaluations)), "seed": math.nan, "verbose": -9}
         options |= {"randn": lambda *size: draws.standard_normal(size)}
-        strategy = cma.CMAEvolutionStrategy(np.zeros(math.prod(shape)), self.spread, options)
+        strategy = cma.CMAEvolutionStrategy(np.zeros(centre.numel()), self.spread, options)
         trace: list[float] = []
 
         def latents(flat: np.ndarray) -> Tensor:
-            return torch.from_numpy(flat).to(device, torch.float32).view(shape)
+            return torch.from_numpy(flat).to(centre).view_as(centre)
 
         while not trace or (len(trace) + strategy.popsize <= self.evaluations and not strategy.stop()):
             asked = strategy.ask()

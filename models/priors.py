@@ -91,8 +91,9 @@ def manifest(home: Path) -> dict[str, Any]:
         raise UsageError(f"{home} holds no generator: make one with experiments/prior.sh") from None
 
 
-def require(home: Path, task: Task, public: Batch | None = None) -> None:
-    """Raises UsageError unless the prior in `home` was made for this task and, if given, of these public images."""
+def require(home: Path, task: Task, public: Batch | None = None) -> dict[str, Any]:
+    """What is known of the prior in `home`. Raises UsageError unless it was made for this task and, if given, of these
+    public images."""
     told = manifest(home)
     shape, classes = told["image_shape"], told["classes"]
     if (shape, classes) != (task.image_shape, task.num_classes):
@@ -106,6 +107,7 @@ def require(home: Path, task: Task, public: Batch | None = None) -> None:
             f"the generator in {home} was trained on other images ({told.get('dataset', 'unnamed')}) than this run's "
             "public split: victims may be among them; leave the flag out, or train one on it"
         )
+    return told
 
 
 def data_digest(public: Batch) -> str:

@@ -99,11 +99,27 @@ def here(shared: Shared, victims: Iterator[V], listen: Listener) -> Iterator[Att
         yield victim, *shared.reconstruct(victim.seen, victim.trial)
 
 
+def _keep_busy(
+    victims: Iterator[V],
+    submit: Callable[[bytes, int], Any],
+    pending: dict[Any, V],
+    jobs: int,
+    collect: Callable[[], Iterator[Attacked[V]]],
+) -> Iterator[Attacked[V]]:
+    """At most one victim more than there are workers is on its way, so that memory stays flat."""
+    for victim in victims:
+        pending[submit(pack(victim.seen), victim.trial)] = victim
+        while len(pending) > jobs:
+            yield from collect()
+    while pending:
+        yield from collect()
+
+
 # --- worker processes ----------------------------------------------------------------------------------------------
 
 
 def local(shared: Shared, victims: Iterator[V], listen: Listener, jobs: int) -> Iterator[Attacked[V]]:
-    """At most one victim more than there are workers is on its way, so that memory stays flat."""
+    """In processes of this machine."""
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
     # by file: a large argument would hold up each worker's start until the one before has come up
@@ -121,12 +137,7 @@ def local(shared: Shared, victims: Iterator[V], listen: Listener, jobs: int) -> 
 
     pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(common.name, news))
     try:
-        for victim in victims:
-            pending[pool.submit(_work, pack(victim.seen), victim.trial)] = victim
-            while len(pending) > jobs:
-                yield from collect()
-        while pending:
-            yield from collect()
+        yield from _keep_busy(victims, functools.partial(pool.submit, _work), pending, jobs, collect)
     finally:
         if pending:  # interrupted: attacks under way are not waited for
             for worker in multiprocessing.active_children():
@@ -210,12 +221,7 @@ def on_ray(shared: Shared, victims: Iterator[V], jobs: int) -> Iterator[Attacked
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as death:
                 raise BrokenProcessPool(str(death)) from None
 
-        for victim in victims:
-            pending[work.remote(common, pack(victim.seen), victim.trial)] = victim
-            while len(pending) > jobs:
-                yield from collect()
-        while pending:
-            yield from collect()
+        yield from _keep_busy(victims, functools.partial(work.remote, common), pending, jobs, collect)
     finally:
         ray.shutdown()
 
