@@ -1,6 +1,7 @@
 """The benches run and say what they measured. How fast anything is, no test asks."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -25,20 +26,31 @@ def bench(page: str, out: Path, *flags: str) -> list[dict[str, str]]:
 
 
 def test_speed_compares_engines_on_one_victim(tmp_path: Path) -> None:
-    small = ["--rounds", "1", "--iterations", "3", "--image-size", "9", "--no-long"]
-    rows = bench("speed.py", tmp_path, "--cases", "ig_convnet64_1", *small)
-    assert [r["engine"] for r in rows][:2] == ["ours", "reference"]
-    for row in rows:
+    small = ["--turns", "8", "--iterations", "3", "--image-size", "9", "--no-long"]
+    rows = bench("speed.py", tmp_path, "--cases", "ig_convnet64_1", "rtf", *small)
+    by_case = {name: [r for r in rows if r["case"] == name] for name in ("ig_convnet64_1", "rtf")}
+    assert [r["engine"] for r in by_case["ig_convnet64_1"]][:2] == ["ours", "reference"]
+    assert [r["engine"] for r in by_case["rtf"]] == ["ours", "reference"], "the peer has no such attack"
+    for row in by_case["ig_convnet64_1"]:
         assert float(row["ms/iteration"]) > 0
         assert float(row["peak MB"]) > 0
-        assert float(row["best PSNR dB"].split()[0]) > 0
+        assert row["s/victim"] == row["x ours, whole"] == "-", "runs cut short are not compared as if they were whole"
+    turns = json.loads((tmp_path / "speed_ig_convnet64_1.json").read_text())["turns"]
+    assert all(len(r["victims"][0]["times"]) == 10 for r in turns.values()), "as many iterations of each"
+    for row in by_case["rtf"]:
+        assert float(row["s/victim"]) > 0
+        assert float(row["best PSNR dB"]) > 0
 
 
 def test_limit_counts_and_times(tmp_path: Path) -> None:
-    small = ["--model", "lenet", "--batch-size", "1", "--repeats", "1", "--matmul", "64", "--image-size", "12"]
-    rows = bench("limit.py", tmp_path, *small)
-    assert len(rows) == 3
-    assert all(float(r["useful GFLOP/s"]) >= 0 for r in rows)
+    small = ["--model", "convnet64", "--batch-size", "1", "--repeats", "1", "--matmul", "64", "--image-size", "24"]
+    rows = {r["convolutions"]: r for r in bench("limit.py", tmp_path, *small)}
+    plain, fast = (float(rows[how]["done GFLOP"]) for how in ("plain", "winograd"))
+    assert fast < 0.6 * plain, "Winograd's convolutions multiply less"
+    assert plain >= float(rows["plain"]["useful GFLOP"]), (
+        "plain ones do all that is needed, and a gradient nobody reads"
+    )
+    assert all(float(r["useful GFLOP/s"]) > 0 for r in rows.values())
 
 
 def test_scale_has_a_row_for_every_point(tmp_path: Path) -> None:
@@ -66,7 +78,9 @@ def test_the_papers_loops_descend(name: str) -> None:
     target = torch.autograd.grad(loss, list(net.parameters()))
     torch.manual_seed(0)
     start = 0.1 * torch.randn(1, 1, 12, 12)
-    loop = reference.dlg(net, target, start, 3) if name == "dlg" else reference.ig_single(net, target, start, label)
+    loop = (
+        reference.dlg(net, target, start, 3) if name == "dlg" else reference.ig_single(net, target, start, label, 4800)
+    )
 
     def distance(x: torch.Tensor) -> float:
         found = torch.autograd.grad(torch.nn.functional.cross_entropy(net(x), label), list(net.parameters()))

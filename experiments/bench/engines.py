@@ -1,13 +1,15 @@
-"""One engine on one victim, in a process of its own: python engines.py ENGINE ITERATIONS SECONDS grad|fed ATTACK flags.
+"""One engine in a process of its own: python engines.py ENGINE ITERATIONS alone|turns grad|fed ATTACK flags.
 
-ENGINE is ours, reference or breaching, ITERATIONS its budget (0: its own), SECONDS when to stop it (0: never). All get
-the same model, gradient and inferred labels. Prints what it took and how near it came as JSON. Pictures are only
-kept while the clock runs, and scored after.
+ENGINE is ours, reference or breaching, ITERATIONS its budget for each victim (0: its own). All get the same model,
+gradient and inferred labels. `alone` attacks every victim, one after the other; pictures are kept while the clock runs,
+and scored after. In `turns`, of the first victim, it prints a dot after each iteration and waits for a line on standard
+input, so that engines can take single iterations in turn. The last line is JSON: what it took and how near it came.
 """
 
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -30,7 +32,7 @@ from experiments.bench import reference
 from federated.wire import Batch, Observation
 from utils import cli
 from utils.evaluator import correlations, match, psnr
-from utils.run import Scene, stream
+from utils.run import Scene, Victim, stream
 
 MODES = {"grad": (main_grad, cli.Grad, main_grad.GradScene), "fed": (main_fed, cli.Fed, main_fed.FedScene)}
 KEPT = 400  # pictures of a run that are scored at the most
@@ -43,8 +45,8 @@ class Stop(KeyboardInterrupt):
 class Watch:
     """A clock that is shown every iteration's images."""
 
-    def __init__(self, budget: int, seconds: float) -> None:
-        self.budget, self.limit = budget or 10**9, seconds or 1e9
+    def __init__(self, budget: int) -> None:
+        self.budget = budget or 10**9
         self.times: list[float] = []
         self.pictures: list[Tensor] = []
         self.start = time.perf_counter()
@@ -52,14 +54,25 @@ class Watch:
     def __call__(self, images: Tensor) -> None:
         self.times.append(time.perf_counter() - self.start)
         self.pictures.append(images.detach().clone())
-        if len(self.times) >= self.budget or self.times[-1] > self.limit:
+        if len(self.times) >= self.budget:
             raise Stop
+
+
+class Baton(Watch):
+    """A clock that stands still while other engines have their turn; `times` are of single iterations."""
+
+    def __call__(self, images: Tensor) -> None:
+        super().__call__(images)
+        print(".", file=sys.__stdout__, flush=True)
+        if not sys.stdin.readline():
+            raise Stop
+        self.start = time.perf_counter()
 
 
 def ours(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
     """The attack of the command line; its objective is watched from outside."""
     attack = scene.attack
-    if iterations and hasattr(attack, "iterations"):
+    if iterations and hasattr(attack, "iterations") and not isinstance(watch, Baton):
         attack = dataclasses.replace(attack, iterations=iterations)
         watch.budget = 10**9  # it knows its budget
 
@@ -90,7 +103,8 @@ def plain(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Ten
     if name == "dlg":
         loop = reference.dlg(model, target, first, seen.task.num_classes)
     elif name == "ig_single":
-        loop = reference.ig_single(model, target, first, seen.granted["labels"])
+        budget = reference.budget(type(scene.attack))
+        loop = reference.ig_single(model, target, first, seen.granted["labels"], budget)
     elif name == "cpa":
         layer = pixel_layer(model, seen.task)
         (rows,) = (g for p, g in zip(model.parameters(), target, strict=True) if p is layer.weight)
@@ -159,44 +173,43 @@ def score(truth: Batch, images: Tensor) -> float:
     )
 
 
-def main() -> None:
-    engine, iterations, seconds, mode, *flags = sys.argv[1:]
-    page, run_cls, scene_cls = MODES[mode]
-    (command,) = cli.parse(flags, run_cls, discover(), "engines.py")
-    scene = scene_cls(mode, command)
-    victim = next(page.observations(scene))
-    if engine == "breaching":
-        importlib.import_module("breaching")  # before the clock starts
-    seen = with_labels(scene, victim.seen) if command.attack_name == "ig_single" else victim.seen
-    shown = sys.stdout
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the peer prints
+def attacked(engine: str, scene: Scene, victim: Victim, watch: Watch, iterations: int) -> dict[str, Any]:
+    """One victim by one engine: seconds, iterations, (seconds, PSNR) on the way and at the end."""
+    infers = scene.command.attack_name == "ig_single"
+    seen = with_labels(scene, victim.seen) if infers else victim.seen
     forget_memory()
-    before = memory()
-    watch, answer = Watch(int(iterations), float(seconds)), None
+    answer, watch.start = None, time.perf_counter()
     with contextlib.suppress(Stop):
-        answer = ENGINES[engine](scene, seen, watch, int(iterations)).detach()
-    total = time.perf_counter() - watch.start
-    peak = memory()
-    sys.stdout = shown
+        answer = ENGINES[engine](scene, seen, watch, iterations).detach()
+    total, peak = time.perf_counter() - watch.start, memory()
     pictures = [*zip(watch.times, watch.pictures, strict=True)]
     if answer is not None:
         pictures.append((total, answer))
     every = max(1, -(-len(pictures) // KEPT))
     scores = [(t, score(victim.truth, p.cpu().float().clamp(0, 1))) for t, p in pictures[::-1][::every][::-1]]
-    steps = len(watch.times)
-    found = {
-        "seconds": total,
-        "iterations": steps,
-        "per_iteration": (watch.times[-1] - watch.times[0]) / (steps - 1) if steps > 1 else total,
-        "scores": scores,
-        "final": scores[-1][1],
-        "peak": peak,
-        "growth": peak - before,
-        "threads": torch.get_num_threads(),
-    }
-    if command.attack_name == "cpa":
+    found = {"seconds": total, "iterations": len(watch.times), "scores": scores, "peak": peak}
+    if scene.command.attack_name == "cpa":
         found["corr"] = min(correlations(victim.truth.images, pictures[-1][1].float())[0])
-    print(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    engine, iterations, how, mode, *flags = sys.argv[1:]
+    page, run_cls, scene_cls = MODES[mode]
+    (command,) = cli.parse(flags, run_cls, discover(), "engines.py")
+    scene = scene_cls(mode, command)
+    if engine == "breaching":
+        importlib.import_module("breaching")  # before the clock starts
+    victims = page.observations(scene)
+    first = next(victims)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the peer prints
+    watch_cls = Baton if how == "turns" else Watch
+    chosen = [first] if how == "turns" else itertools.chain([first], victims)
+    found = []
+    for victim in chosen:
+        watch = watch_cls(int(iterations))
+        found.append(attacked(engine, scene, victim, watch, int(iterations)) | {"times": watch.times})
+    print(json.dumps({"victims": found, "threads": torch.get_num_threads()}), file=sys.__stdout__)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.base import Attack
+from utils.cli import paper_values
+
 Weights = Sequence[Tensor]
-BUDGET = {"dlg": 300, "ig_single": 4800, "cpa": 25000, "rtf": 1}  # iterations, by the authors' code
+STEP = {"dlg": 20}  # of the paper's iterations, in one of the loop's
+
+
+def budget(attack: type[Attack]) -> int:
+    """How often the authors' code goes round; 1 for what is solved at once."""
+    return getattr(paper_values(attack), "iterations", 1) // STEP.get(attack.name, 1)
 
 
 def dlg(model: nn.Module, target: Weights, x: Tensor, classes: int) -> Iterator[Tensor]:
     """Zhu et al.: images and label logits by L-BFGS on the squared distance; an iteration is a step of 20."""
     x = x.clone().requires_grad_()
     y = torch.randn(len(x), classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([x, y])
+    optimizer = torch.optim.LBFGS([x, y], max_iter=STEP["dlg"])
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -34,11 +42,13 @@ def dlg(model: nn.Module, target: Weights, x: Tensor, classes: int) -> Iterator[
         yield x.detach()
 
 
-def ig_single(model: nn.Module, target: Weights, x: Tensor, labels: Tensor, tv: float = 1e-4) -> Iterator[Tensor]:
-    """Geiping et al.: signed Adam on cosine distance and total variation, in a box."""
+def ig_single(
+    model: nn.Module, target: Weights, x: Tensor, labels: Tensor, iterations: int, tv: float = 1e-4
+) -> Iterator[Tensor]:
+    """Geiping et al.: signed Adam on cosine distance and total variation, in a box; the rate falls at set shares."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.1)
-    ends = [round(BUDGET["ig_single"] * share) for share in (3 / 8, 5 / 8, 7 / 8)]
+    ends = [round(iterations * share) for share in (3 / 8, 5 / 8, 7 / 8)]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, ends, gamma=0.1)
     while True:
         optimizer.zero_grad()

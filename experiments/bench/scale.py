@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from experiments.bench.speed import machine, run, write
-from utils.cli import ROOT, hp, settings
+from utils.cli import ROOT, fail, hp, settings
 from utils.report import number
 from utils.run import page
 
@@ -39,8 +39,8 @@ def main(flags: Flags) -> None:
     points += [("local steps", n, [*fed, "--local-epochs", str(n)]) for n in flags.local_steps]
     rows, first = [], {}
     for axis, n, flags_of in points:
-        found = run("ours", flags.iterations, 0, flags_of)
-        per = 1e3 * found["per_iteration"]
+        found = run("ours", flags.iterations, flags_of)["victims"][0]
+        per = 1e3 * (found["times"][-1] - found["times"][0]) / (len(found["times"]) - 1)
         first.setdefault(axis, per)
         rows.append([axis, str(n), f"{per:.3g} ms/iteration", number(per / first[axis], 2), f"{found['peak']:.0f}"])
     for trials in flags.trials:
@@ -63,8 +63,11 @@ def command(words: list[str]) -> float:
     with tempfile.TemporaryDirectory() as out:
         page = [sys.executable, str(ROOT / "main_grad.py"), *words, "--out", out]
         start = time.perf_counter()
-        subprocess.run(page, check=True, capture_output=True)
-        return time.perf_counter() - start
+        done = subprocess.run(page, capture_output=True, text=True)
+        took = time.perf_counter() - start
+    if done.returncode:
+        fail(f"main_grad.py {' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return took
 
 
 if __name__ == "__main__":

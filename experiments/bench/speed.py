@@ -1,8 +1,10 @@
 """How fast, against the papers' own loops and against breaching 0.1.2: same gradient, model, labels and machine.
 
-Each engine runs in a process of its own, at its own default threads, and they take turns, A B C A B C; a ratio is of
-neighbours, and its least, middle and largest are shown. Then each runs as long as it would: ours to its end, the peer
-for a number of iterations, and the paper's loop for its budget, reckoned from its speed where that would take long.
+Each engine runs in a process of its own, at its own default threads. Where an iteration is the same thing in all of
+them (ig_single), they take single iterations in turn, A B C A B C, so that whatever else the machine does falls on all
+alike; a ratio is of neighbours, and its least, middle and largest are shown. Then each runs as long as it would, alone:
+ours to its end, the peer for a number of iterations, and the paper's loop for some iterations or, with --whole-loops,
+its budget; where it was cut short its seconds are reckoned as speed times budget.
 """
 
 import csv
@@ -12,23 +14,25 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.reference import BUDGET
+from attacks.base import discover
+from experiments.bench.reference import budget
 from utils.cli import ROOT, fail, hp, settings
 from utils.report import number, table
 from utils.run import page
 
-CASES = {  # flags of main_grad; what an iteration of a round costs differs a hundredfold
-    "dlg": ["grad", "dlg", "--trials", "1"],
-    "ig_convnet64_1": ["grad", "ig_single", "--model", "convnet64", "--trials", "1"],
-    "ig_convnet64_8": ["grad", "ig_single", "--model", "convnet64", "--trials", "1", "--batch-size", "8"],
-    "ig_resnet18_1": ["grad", "ig_single", "--model", "resnet18", "--trials", "1"],
-    "ig_resnet18_8": ["grad", "ig_single", "--model", "resnet18", "--trials", "1", "--batch-size", "8"],
-    "rtf": ["grad", "rtf", "--model", "cnn", "--trials", "1", "--batch-size", "64"],
-    "cpa": ["grad", "cpa", "--model", "fc2", "--trials", "1", "--batch-size", "8"],
+CASES = {  # flags of main_grad
+    "dlg": ["dlg"],
+    "ig_convnet64_1": ["ig_single", "--model", "convnet64"],
+    "ig_convnet64_8": ["ig_single", "--model", "convnet64", "--batch-size", "8"],
+    "ig_resnet18_1": ["ig_single", "--model", "resnet18"],
+    "ig_resnet18_8": ["ig_single", "--model", "resnet18", "--batch-size", "8"],
+    "rtf": ["rtf", "--model", "cnn", "--batch-size", "64"],
+    "cpa": ["cpa", "--model", "fc2", "--batch-size", "8"],
 }
 Run = dict[str, Any]
 
@@ -38,31 +42,61 @@ class Flags:
     """Speed of attacks against the papers' loops and a peer."""
 
     cases: tuple[str, ...] = hp(("dlg", "ig_convnet64_1", "ig_convnet64_8", "rtf", "cpa"), f"of {', '.join(CASES)}")
-    rounds: int = hp(3, "turns of each engine", least=1)
-    iterations: int = hp(40, "of each engine in a turn; batches of 8 a quarter", least=2)
-    peer_iterations: int = hp(1000, "of breaching in its one long run; 0: none", least=0)
-    long: bool = hp(True, "also run ours to its end, and the peer")
+    victims: int = hp(1, "attacked one after the other, in each case", least=1)
+    turns: int = hp(20, "single iterations of each engine, one of each at a time; batches of 8 a quarter", least=8)
+    iterations: int = hp(40, "of the papers' loops, where they are cut short", least=2)
+    peer_iterations: int = hp(1000, "of breaching's one long run on a single image; 0: none", least=0)
+    long: bool = hp(True, "also run each alone; what has no iterations to compare always is")
+    whole_loops: bool = hp(False, "run the papers' loops for their whole budget: hours")
     base_datadir: Path = hp(ROOT / "datasets", "where data sets lie")
     dataset: str = hp("photos", "whose images")
     image_size: int | None = hp(None, "side in pixels")
     seed: int = hp(0, "of victims and models", least=0)
-    out: Path = hp(ROOT / "results" / "bench", "where speed.md, speed.csv and speed.json go")
+    out: Path = hp(ROOT / "results" / "bench", "where speed.md, speed.csv and a speed_<case>.json each go")
 
 
-def run(engine: str, iterations: int, seconds: float, flags: list[str]) -> Run:
-    command = [
-        sys.executable,
-        str(ROOT / "experiments/bench/engines.py"),
-        engine,
-        str(iterations),
-        str(seconds),
-        *flags,
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{engine} on {' '.join(flags)} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Engine:
+    """A process of engines.py."""
+
+    def __init__(self, name: str, iterations: int, how: str, case: list[str]) -> None:
+        command = [sys.executable, str(ROOT / "experiments/bench/engines.py"), name, str(iterations), how, *case]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        self.what = f"{name} on {' '.join(case)}"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
+
+    def turn(self) -> None:
+        """One iteration."""
+        try:
+            print(file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            self.end()
+        self.process.stdout.readline()
+
+    def end(self) -> Run:
+        """What it has to say when it has come to its end, or is told to stop taking turns."""
+        said = self.process.communicate()[0].splitlines()
+        self.errors.seek(0)
+        if self.process.returncode:
+            fail(f"{self.what} failed: {(self.errors.read().strip().splitlines() or ['no word why'])[-1]}")
+        return json.loads(said[-1])
+
+
+def run(name: str, iterations: int, case: list[str]) -> Run:
+    """An engine alone, on all victims of the case."""
+    return Engine(name, iterations, "alone", case).end()
+
+
+def take_turns(names: list[str], turns: int, case: list[str]) -> dict[str, Run]:
+    """Single iterations of each engine, one of each at a time; what comes before its second is not counted."""
+    engines = {name: Engine(name, 0, "turns", case) for name in names}
+    for engine in engines.values():
+        engine.process.stdout.readline()
+    for _ in range(turns + 1):
+        for engine in engines.values():
+            engine.turn()
+    return {name: engine.end() for name, engine in engines.items()}
 
 
 def reaches(found: Run, decibels: float) -> float | None:
@@ -70,63 +104,69 @@ def reaches(found: Run, decibels: float) -> float | None:
     return next((t for t, psnr in found["scores"] if psnr >= decibels), None)
 
 
-def ratios(above: list[float], below: list[float]) -> str:
-    """min-median-max of a / b over the rounds."""
-    found = [a / b for a, b in zip(above, below, strict=True)]
-    return f"{min(found):.2f}-{statistics.median(found):.2f}-{max(found):.2f}"
+def best(found: Run) -> tuple[float, float]:
+    """(PSNR, seconds it took) of the nearest the images came."""
+    psnr = max(p for _, p in found["scores"])
+    return psnr, next(t for t, p in found["scores"] if p == psnr)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """min-median-max, or the value if there is one."""
+    of = (min(values), statistics.median(values), max(values)) if len(values) > 1 else values
+    return "-".join(f"{v:.{digits}f}" for v in of)
+
+
+def middle(values: list[float | None], digits: int = 1) -> str:
+    """The median over victims; "-" if one has none."""
+    return "-" if None in values else number(statistics.median(values), digits)
 
 
 def measure(name: str, flags: Flags, engines: list[str]) -> list[list[str]]:
-    case = [*CASES[name], "--seed", str(flags.seed), "--dataset", flags.dataset]
-    case += ["--base-datadir", str(flags.base_datadir)]
+    case = ["grad", *CASES[name], "--trials", str(flags.victims), "--seed", str(flags.seed)]
+    case += ["--dataset", flags.dataset, "--base-datadir", str(flags.base_datadir)]
     case += [] if flags.image_size is None else ["--image-size", str(flags.image_size)]
-    attack, batch = case[1], 8 if name.endswith("_8") else 1
-    mine = [e for e in engines if e != "breaching" or attack == "ig_single"]
-    turns = flags.iterations // 4 if batch > 1 else flags.iterations
-    budget = max(2, {"dlg": turns // 10, "rtf": 1}.get(attack, turns))
-    rounds: dict[str, list[Run]] = {e: [] for e in mine}
-    for _ in range(flags.rounds):
-        for engine in mine:
-            rounds[engine].append(run(engine, budget if engine != "ours" or attack == "ig_single" else 0, 0, case))
-    whole = {e: r[-1] for e, r in rounds.items()}
-    if flags.long and attack == "ig_single":
-        whole["ours"] = run("ours", 0, 0, case)
-        if "breaching" in mine and flags.peer_iterations and batch == 1:
-            whole["breaching"] = run("breaching", flags.peer_iterations, 0, case)
-    (flags.out / f"speed_{name}.json").write_text(json.dumps({"rounds": rounds, "whole": whole}))
+    attack, batched = case[1], name.endswith("_8")
+    alike = attack == "ig_single"
+    there = [e for e in engines if alike or e != "breaching"]
+    full = budget(discover()[attack])
+    cut = {"ours": 0, "reference": full if flags.whole_loops else min(full, flags.iterations)}
+    if flags.peer_iterations and not batched:
+        cut["breaching"] = flags.peer_iterations
+    turns = take_turns(there, flags.turns // 4 if batched else flags.turns, case) if alike else {}
+    whole = {e: run(e, cut[e], case) for e in there if e in cut} if flags.long or not alike else {}
+    (flags.out / f"speed_{name}.json").write_text(json.dumps({"turns": turns, "whole": whole}))
+    steps = {e: r["victims"][0]["times"][2:] for e, r in turns.items()}
     rows = []
-    for engine in mine:
-        found, per = whole[engine], [r["per_iteration"] for r in rounds[engine]]
-        seconds, how = found["seconds"], ""
-        if engine == "reference":
-            seconds, how = BUDGET[attack] * statistics.median(per), " (reckoned)" if BUDGET[attack] > budget else ""
-        elif engine == "breaching":
-            how = f" ({found['iterations']} its)"
-        best = max(psnr for _, psnr in found["scores"])
-        when = next(t for t, psnr in found["scores"] if psnr == best)
-        peaks = [r["peak"] for r in rounds[engine]]
-        ours = [r["per_iteration"] for r in rounds["ours"]]
-        rows.append(
-            [
-                name,
-                engine,
-                str(found["threads"]),
-                f"{1e3 * statistics.median(per):.3g}",
-                "1" if engine == "ours" else ratios(per, ours) if attack == "ig_single" else "-",
-                f"{seconds:.3g}{how}",
-                "1" if engine == "ours" else f"{seconds / whole['ours']['seconds']:.3g}",
-                number(reaches(found, 20), 1),
-                number(reaches(found, 25), 1),
-                f"{best:.1f} at {when:.3g} s" + ("" if engine != "reference" else f" ({found['iterations']} its)"),
-                f"{statistics.median(peaks):.0f}",
-                number(found.get("corr"), 3),
-            ]
-        )
+    for engine in there:
+        row = dict.fromkeys(HEADER, "-") | {"case": name, "engine": engine}
+        told = [r[engine] for r in (turns, whole) if engine in r]
+        if alike:
+            ratios = [a / b for a, b in zip(steps[engine], steps["ours"], strict=True)]
+            row["ms/iteration"] = f"{1e3 * statistics.median(steps[engine]):.3g}"
+            row["x ours"] = "1" if engine == "ours" else spread(ratios, 2)
+        if engine in whole:
+            found = whole[engine]["victims"]
+            seconds = [v["seconds"] for v in found]
+            short = engine == "reference" and cut[engine] < full
+            if short:
+                seconds = [s * full / cut[engine] for s in seconds]
+            row["s/victim"] = f"{statistics.mean(seconds):.3g}{' (reckoned)' if short else ''}"
+            ours = statistics.mean(v["seconds"] for v in whole["ours"]["victims"])
+            row["x ours, whole"] = "1" if engine == "ours" else f"{statistics.mean(seconds) / ours:.3g}"
+            row["iterations"] = middle([v["iterations"] for v in found], 0)
+            for decibels in (20, 25):
+                row[f"s to {decibels} dB"] = middle([reaches(v, decibels) for v in found])
+            row["best PSNR dB"] = spread([best(v)[0] for v in found], 1)
+            row["s to it"] = middle([best(v)[1] for v in found])
+            row["corr"] = middle([v.get("corr") for v in found], 3)
+        row["threads"] = str(told[0]["threads"])
+        row["peak MB"] = f"{max(v['peak'] for r in told for v in r['victims']):.0f}"
+        rows.append(list(row.values()))
     return rows
 
 
-HEADER = ["case", "engine", "threads", "ms/iteration", "x ours", "s/victim", "x ours", "s to 20 dB", "s to 25 dB"]
-HEADER += ["best PSNR dB", "peak MB", "corr"]
+HEADER = ["case", "engine", "threads", "ms/iteration", "x ours", "s/victim", "x ours, whole", "iterations"]
+HEADER += ["s to 20 dB", "s to 25 dB", "best PSNR dB", "s to it", "peak MB", "corr"]
 
 
 def machine() -> str:
@@ -166,9 +206,10 @@ def main(flags: Flags) -> None:
     rows = []
     for name in flags.cases:
         rows += measure(name, flags, engines)
-        print(table(HEADER, rows[-len(engines) :]), flush=True)
+        print(table(HEADER, [r for r in rows if r[0] == name]), flush=True)
     notes.append(
-        "x ours: least-middle-largest of a turn's ratio; then whole runs, the paper's reckoned as speed x budget"
+        "x ours: least-median-largest of neighbouring iterations; x ours, whole: of seconds for a victim, the paper's "
+        "loop with its whole budget; seconds to a PSNR and to the best are medians over victims, peak is of the process"
     )
     write(flags.out, "speed", HEADER, rows, notes)
 
