@@ -26,7 +26,6 @@ from utils.cli import hp, settings
 
 CHUNK = 20  # L-BFGS iterations between two looks at the objective: one step of the authors' loop
 TINY = 1e-30  # keeps 0 / 0 finite
-HALVED = 3  # stages of signed descents that may run in bfloat16
 
 Reading = Literal["auto", "average", "unrolled"]
 
@@ -370,7 +369,7 @@ class SignedInversion(Attack):
     start: Literal["grey", "normal"] = hp("grey", "mid-grey with a little noise, or N(0, 1)", paper="normal")
     patience: int = hp(100, "steps without a gain of 1%, after which the step size falls early; 0: never", least=0)
     precision: Literal["auto", "float32", "bfloat16"] = hp(
-        "auto", "of 3x3 convolutions until the last eighth; auto: bfloat16 where the hardware has it", paper="float32"
+        "auto", "of 3x3 convolutions' products; auto: bfloat16 where the hardware has it", paper="float32"
     )
 
     def descend(
@@ -427,14 +426,11 @@ class SignedInversion(Attack):
         saved = checkpoint.resume(rng)
         ends = [round(self.iterations * share) for share in (3 / 8, 5 / 8, 7 / 8, 1)]
         half = self.precision == "bfloat16" or (self.precision == "auto" and has_bfloat16(match.device))
-        half = half and ends[HALVED - 1] < self.iterations  # the last steps are for float32
+        match.meta.halve(half)
         for stage, length in enumerate(b - a for a, b in zip([0, *ends], ends, strict=False)):
             if saved is not None and stage < saved["stage"]:
                 continue
             waited, first = 0, 0
-            match.meta.halve(half and stage < HALVED)
-            if half and stage == HALVED and length:
-                best = math.inf  # what bfloat16 made of the objective is another scale
             if saved is not None:
                 put([x, *more], saved["variables"])
                 optimizer.load(saved["optimizer"])

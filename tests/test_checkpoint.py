@@ -13,12 +13,13 @@ from tests.commands import in_process, lines, only_run, rows
 from tests.conftest import ROOT
 from utils.results import Store
 
-SMALL = ["--image-size", "16", "--trials", "1", "--jobs", "1", "--model", "cnn"]
+SMALL = ["--image-size", "16", "--trials", "1", "--jobs", "1", "--model"]
+HALVED = ["--precision", "bfloat16", "--batch-size", "2"]  # of a smaller batch no convolution would be
 NEVER = ["--activation", "tanh", "--restarts", "2", "--stall", "1e-12", "--patience", "0"]  # stops for its budget only
 LONG = {
-    ("grad", "dlg"): (20, ["--iterations", "600", *NEVER]),
-    ("grad", "ig_single"): (3, ["--iterations", "60", "--restarts", "2"]),
-    ("fed", "sme"): (3, ["--iterations", "60", "--restarts", "2", "--local-epochs", "2"]),
+    ("grad", "dlg"): (20, ["cnn", "--iterations", "600", *NEVER]),
+    ("grad", "ig_single"): (3, ["convnet64", "--iterations", "30", "--restarts", "2", *HALVED]),
+    ("fed", "sme"): (3, ["cnn", "--iterations", "60", "--restarts", "2", "--local-epochs", "2"]),
 }
 
 
@@ -41,7 +42,7 @@ def test_killed_in_the_middle_and_still_the_same_rows(mode: str, attack: str, tm
 
 
 def test_a_torn_state_starts_the_trial_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["dlg", *SMALL, *NEVER, "--iterations", "40", "--out"]
+    flags = ["dlg", *SMALL, "cnn", *NEVER, "--iterations", "40", "--out"]
     monkeypatch.setattr("utils.results.SAVE_EVERY", 0.0)
     assert in_process("main_grad.py", [*flags, str(tmp_path / "whole")], monkeypatch) == 0
     whole = only_run(tmp_path / "whole")
@@ -95,7 +96,7 @@ def test_a_disk_that_fails_in_the_middle_is_one_line(
         raise OSError(28, "No space left on device", "rows.jsonl")
 
     monkeypatch.setattr(Store, "add_trial", full)
-    code = in_process("main_grad.py", ["baseline", *SMALL, "--out", str(tmp_path)], monkeypatch)
+    code = in_process("main_grad.py", ["baseline", *SMALL, "cnn", "--out", str(tmp_path)], monkeypatch)
     said = capsys.readouterr().err.strip().split("\n")[-1]
     assert code == 2
     assert said.startswith("error: No space left on device (rows.jsonl)")
@@ -107,6 +108,6 @@ def test_code_that_is_edited_under_a_run_does_not_move_its_folder(
     edits = itertools.count()
     monkeypatch.setattr("utils.run.source_digest", lambda *args: f"edit {next(edits)}")
     monkeypatch.setattr("utils.results.SAVE_EVERY", 0.0)
-    flags = ["ig_single", *SMALL, "--iterations", "3", "--out", str(tmp_path)]
+    flags = ["ig_single", *SMALL, "cnn", "--iterations", "3", "--out", str(tmp_path)]
     assert in_process("main_grad.py", flags, monkeypatch) == 0
     assert (only_run(tmp_path) / "done").exists()

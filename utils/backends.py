@@ -25,6 +25,7 @@ import torch
 from attacks.base import Attack, checkpoint, progress
 from federated.wire import Batch, Observation, Reconstruction, Task, UsageError
 from utils.cli import ROOT
+from utils.memory import keep_pages
 from utils.results import Store
 
 DEATHS = 3  # of workers that Ray makes good for a trial
@@ -58,6 +59,7 @@ class Shared:
 
     def reconstruct(self, seen: Observation, trial: int) -> Answer:
         """The attack from where it last saved its state, if it did, and its companion's answer; seconds are its own."""
+        keep_pages()
         saved = self.store.under_way(trial)
         state = saved.load(seen.update.tensors[0].device)
         start = time.perf_counter() - (state["seconds"] if state else 0)

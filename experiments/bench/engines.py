@@ -32,6 +32,7 @@ from experiments.bench import reference
 from federated.wire import Batch, Observation
 from utils import cli
 from utils.evaluator import correlations, match, psnr
+from utils.memory import keep_pages
 from utils.run import Scene, Victim, stream
 
 MODES = {"grad": (main_grad, cli.Grad, main_grad.GradScene), "fed": (main_fed, cli.Fed, main_fed.FedScene)}
@@ -92,6 +93,7 @@ def ours(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tens
             return super().invert(match, *more, **named)
 
     torch.set_num_threads(scene.threads)
+    keep_pages()
     attack = Watched(**{f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)})
     return attack.reconstruct(seen, stream(scene.seed, "attack", 0)).images
 
