@@ -23,10 +23,13 @@ class Adam:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, slopes: Sequence[Tensor], rates: Sequence[float]) -> None:
+    def step(self, slopes: Sequence[Tensor | None], rates: Sequence[float]) -> None:
+        """A variable without a slope, which the objective never has, stays where it is."""
         self.steps += 1
         first, second = (1 - beta**self.steps for beta in BETAS)
         for x, g, lr, (m, v) in zip(self.variables, slopes, rates, self.moments, strict=True):
+            if g is None:
+                continue
             m.lerp_(g, 1 - BETAS[0])
             v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
             x.addcdiv_(m, (v.sqrt() / second**0.5).add_(EPS), value=-lr / first)

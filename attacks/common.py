@@ -369,7 +369,7 @@ class SignedInversion(Attack):
     start: Literal["grey", "normal"] = hp("grey", "mid-grey with a little noise, or N(0, 1)", paper="normal")
     patience: int = hp(100, "steps without a gain of 1%, after which the step size falls early; 0: never", least=0)
     precision: Literal["auto", "float32", "bfloat16"] = hp(
-        "auto", "of 3x3 convolutions' products; auto: bfloat16 where the hardware has it", paper="float32"
+        "auto", "of 3x3 convolutions; auto: bfloat16 where the hardware has it", paper="float32"
     )
 
     def descend(

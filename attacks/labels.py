@@ -31,8 +31,9 @@ def head_gradient(tensors: tuple[Tensor, ...], num_classes: int) -> tuple[Tensor
 
 Rule = Callable[[tuple[Tensor, ...], Observation], Tensor]
 METHODS: dict[str, Rule] = {}
-REHEARSALS = 2
-CASTS = 4  # of public images and minibatch orders in each rehearsal: the client's own order is not known
+REHEARSALS, CASTS = 2, 8  # of public images, labels and minibatch orders in each rehearsal
+RECAST = 0.2  # share of the labels that a cast draws anew
+RIDGE = 0.3
 
 
 def method(name: str) -> Callable[[Rule], Rule]:
@@ -64,22 +65,22 @@ def bias_counts(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor:
     """Label counts n_j = K (pbar_j - db_j), rounded to sum to K, as labels (K,) in ascending order.
 
     pbar, the mean softmax over the private images, is estimated on public ones; after several local steps it is
-    averaged over models between the one broadcast and the one returned. That path is no straight line, so what this
-    misses is then rehearsed: clients with public images and the labels found train by the same recipe, their labels
-    are read off in the same way, and by how much that errs on them the client's counts are corrected. Needs a head
-    with bias. Adam hides how large db is: classes with db_j < 0 share the labels by it, before the rehearsal.
+    averaged over models between the one broadcast and the one returned. That path is no straight line, and a client
+    turns off it as its minibatches happen to fall, so the count is then learned: clients with public images and labels
+    about like those found train by the same recipe, a ridge regression tells their true counts from what their updates
+    show of each class (`_evidence`), and the client's own evidence goes through it. Needs a head with bias. Adam hides
+    how large db is: classes with db_j < 0 share the labels by it, before the rehearsal.
     """
-    count, recipe = seen.update.num_examples, seen.recipe
-    wanted = _wanted_counts(mean_gradient, seen, seen.update.tensors)
-    found = round_counts(wanted, count)
+    count, recipe, public = seen.update.num_examples, seen.recipe, _Public(seen)
     if seen.update.kind == "gradient" or (recipe.steps(count) == 1 and recipe.optimizer == "sgd"):
-        return found
-    for _ in range(REHEARSALS):
-        error = torch.stack([_rehearsed_error(found, seen, cast) for cast in range(CASTS)]).mean(0)
-        corrected = round_counts(wanted - error, count)
-        if torch.equal(corrected, found):
-            break
-        found = corrected
+        return round_counts(_straight_counts(mean_gradient, seen, seen.update.tensors, public), count)
+    told = _evidence(mean_gradient, seen, seen.update.tensors, public)
+    found = round_counts(told[:, 0], count)
+    rehearsed: list[tuple[Tensor, Tensor]] = []
+    for cast in range(REHEARSALS * CASTS if told.isfinite().all() else 0):
+        rehearsed += _rehearse(found, seen, cast, public)
+        if (cast + 1) % CASTS == 0 and len(rehearsed) > 1:
+            found = round_counts(_regress(told, *map(torch.stack, zip(*rehearsed, strict=True))), count)
     return found
 
 
@@ -205,39 +206,89 @@ def round_counts(wanted: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
-def _wanted_counts(mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequence[Tensor]) -> Tensor:
-    """Label counts (C,), not rounded, of a client that sent these tensors."""
-    count = seen.update.num_examples
-    bias = _bias(mean_gradient, seen)
+class _Public:
+    """What public images make of a model anywhere between the one broadcast and the one returned."""
+
+    def __init__(self, seen: Observation) -> None:
+        model = copy.deepcopy(seen.model)
+        self.heard: list[Tensor] = []
+        _head(model).register_forward_pre_hook(lambda _, inputs: self.heard.append(inputs[0].detach().flatten(1)))
+        self.meta = MetaModel(model, seen.recipe.model_mode)
+        inputs = seen.task.to_model(seen.public.images[:256])
+        # in lots, unless what is normalised by the batch would change
+        self.lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))
+
+    @torch.no_grad()
+    def look(self, sent: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) and the head's inputs (N, D), `share` of the way along the update."""
+        self.heard.clear()
+        weights = [w - share * d for w, d in zip(self.meta.weights, sent, strict=True)]
+        logits = torch.cat([self.meta(lot, weights) for lot in self.lots])
+        return logits, torch.cat(self.heard)
+
+
+def _straight_counts(
+    mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequence[Tensor], public: _Public, most: int = 5
+) -> Tensor:
+    """Label counts (C,), not rounded, of a client that sent these tensors and went straight."""
+    count, bias = seen.update.num_examples, _bias(mean_gradient, seen)
     if seen.update.kind == "delta" and seen.recipe.optimizer == "adam":
         falling = (-bias).clamp(min=0)
         return count * falling / falling.sum().clamp(min=1e-12)
-    return count * (_mean_softmax(seen, sent) - bias)
-
-
-@torch.no_grad()
-def _mean_softmax(seen: Observation, sent: Sequence[Tensor], most: int = 5) -> Tensor:
-    """Mean softmax (C,) over public images; after T steps, over models on the straight line to the one returned."""
-    inputs = seen.task.to_model(seen.public.images[:256])
-    meta = MetaModel(seen.model, seen.recipe.model_mode)
-    steps = 1 if seen.update.kind == "gradient" else seen.recipe.steps(seen.update.num_examples)
+    steps = 1 if seen.update.kind == "gradient" else seen.recipe.steps(count)
     shares = torch.linspace(0, 1 - 1 / steps, min(steps, most)).tolist()
-    path = [[w - s * d for w, d in zip(meta.weights, sent, strict=True)] for s in shares]
-    lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))  # unless normalised by the batch
-    return torch.stack([torch.cat([meta(x, w).softmax(1) for x in lots]).mean(0) for w in path]).mean(0)
+    return count * (torch.stack([public.look(sent, s)[0].softmax(1).mean(0) for s in shares]).mean(0) - bias)
 
 
-def _rehearsed_error(labels: Tensor, seen: Observation, seed: int) -> Tensor:
-    """What would be counted too much (C,) if the client had trained on public images with these labels (K,)."""
-    count, recipe = len(labels), seen.recipe
-    rng = torch.Generator().manual_seed(seed)  # the same casts in every rehearsal
-    cast = torch.randint(len(seen.public.images), (count,), generator=rng)
-    inputs = seen.task.to_model(seen.public.images[cast.to(labels.device)])
+def _evidence(mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequence[Tensor], public: _Public) -> Tensor:
+    """What an update shows of each class, (C, K): its straight count, then what betrays how that count errs.
+
+    The last minibatches weigh on the returned model's own opinion of a class. Rows of the head's gradient weigh steps
+    otherwise than the bias does, as features grow on the way, and their size tells of images, not of order.
+    """
+    weight, bias = head_gradient(mean_gradient, seen.task.num_classes)
+    bias = _bias(mean_gradient, seen)
+    (_, before), (logits, after) = public.look(sent, 0.0), public.look(sent, 1.0)
+    first, grown = before.mean(0), after.mean(0) - before.mean(0)
+    shares = logits.softmax(1).mean(0)
+    shown = [_straight_counts(mean_gradient, seen, sent, public), bias, shares, shares.square()]
+    shown += [logits.mean(0) - logits.mean(), weight.sum(1), weight.norm(dim=1), weight @ first, weight @ grown]
+    return torch.stack(shown, 1).double()
+
+
+def _rehearse(labels: Tensor, seen: Observation, cast: int, public: _Public) -> list[tuple[Tensor, Tensor]]:
+    """[(evidence (C, K), counts (C,))] of a client with public images and about these labels (K,), if it is finite."""
+    count, classes, recipe = len(labels), seen.task.num_classes, seen.recipe
+    rng = torch.Generator().manual_seed(cast)
+    chosen = torch.randint(len(seen.public.images), (count,), generator=rng)
+    inputs = seen.task.to_model(seen.public.images[chosen.to(labels.device)])
+    anew, drawn = torch.rand(count, generator=rng) < RECAST, torch.randint(classes, (count,), generator=rng)
+    labels = torch.where(anew.to(labels.device), drawn.to(labels.device), labels)
     labels = labels[torch.randperm(count, generator=rng).to(labels.device)]
     batches = [b.to(labels.device) for b in recipe.batches(count, rng)]
-    sent = MetaModel(seen.model, recipe.model_mode).train(inputs, labels, batches, recipe, create_graph=False)
-    wanted = _wanted_counts(common.mean_gradient(seen, sent), seen, sent)
-    return wanted - torch.bincount(labels, minlength=len(wanted))
+    sent = public.meta.train(inputs, labels, batches, recipe, create_graph=False)
+    shown = _evidence(common.mean_gradient(seen, sent), seen, sent, public)
+    return [(shown, torch.bincount(labels, minlength=classes).double())] if shown.isfinite().all() else []
+
+
+def _regress(told: Tensor, shown: Tensor, counts: Tensor) -> Tensor:
+    """Counts (C,) for evidence `told` (C, K), from casts' evidence (M, C, K) and counts (M, C).
+
+    Each class has its own mean over the casts, all share the slopes.
+    """
+    middle, about = shown.mean(0), counts.mean(0)
+    apart = (shown - middle).flatten(0, 1)
+    unit = apart.std(0).clamp(min=1e-12)
+    apart = apart / unit
+    ridge = RIDGE * torch.eye(apart.shape[1]).to(apart)
+    slopes = torch.linalg.solve(apart.T @ apart + ridge, apart.T @ (counts - about).flatten())
+    return about + (told - middle) / unit @ slopes
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """The last layer with weights that may be one."""
+    *_, head = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    return head
 
 
 def _bias(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor:
@@ -267,8 +318,7 @@ def _counts_by_weight(mean_gradient: tuple[Tensor, ...], seen: Observation, shar
 def _noise_statistics(seen: Observation, share: float, points: int = 256) -> tuple[Tensor, Tensor]:
     """Mean softmax (C,) and mean sum of the head's input (), over N(0, 1) images, `share` of the way to W_t+1."""
     model, features = copy.deepcopy(seen.model), []
-    *_, head = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).sum(1).mean()))
+    _head(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).sum(1).mean()))
     meta = MetaModel(model, seen.recipe.model_mode)
     rng = torch.Generator().manual_seed(0)  # the same noise for every update
     inputs = torch.randn(points, *seen.task.image_shape, generator=rng).to(meta.weights[0])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attacks.adam import Adam
 from attacks.base import Attack, checkpoint, discover, progress
 from attacks.common import Matching, Reading, check_reading, put
 from federated.wire import Batch, Recipe, Task, UsageError
@@ -182,26 +183,24 @@ def descend(
     run: tuple[int, int] = (0, 1),
 ) -> Found:
     """Adam on `variables`, its step lr(share of the way); `run` is (which, of how many), for those who watch."""
-    optimizer = torch.optim.Adam(variables)
+    optimizer = Adam(variables)
     best, kept, trace, first = math.inf, tuple(v.detach().clone() for v in variables), [], 0
     if saved := checkpoint.resume(rng):
         put(variables, saved["variables"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load(saved["optimizer"])
         best, kept, trace, first = (saved[k] for k in ("best", "kept", "trace", "step"))
     for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = lr(step / steps)
         loss = objective()
         trace.append(loss.item())
         if not math.isfinite(trace[-1]):
             break
         if trace[-1] < best:
             best, kept = trace[-1], tuple(v.detach().clone() for v in variables)
-        for v, slope in zip(variables, torch.autograd.grad(loss, variables, allow_unused=True), strict=True):
-            v.grad = slope
-        optimizer.step()
+        slopes = torch.autograd.grad(loss, variables, allow_unused=True)
+        optimizer.step(slopes, [lr(step / steps)] * len(slopes))
         progress(run[0] * steps + step, run[1] * steps, trace[-1])
         if checkpoint.due():
-            state = {"variables": [v.detach() for v in variables], "optimizer": optimizer.state_dict()}
+            state = {"variables": [v.detach() for v in variables], "optimizer": optimizer.state()}
             checkpoint.save(rng, state | {"best": best, "kept": kept, "trace": trace, "step": step + 1})
     return Found(kept, best, tuple(trace))
 

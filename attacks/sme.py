@@ -36,7 +36,7 @@ class SME(SignedInversion):
     strides: int = hp(
         4, "K, from W_t to W_t+1, T at the most; 1: one surrogate on the straight line, as published", least=1, paper=1
     )
-    alpha: float = hp(0.5, "share of W_t in the one surrogate at the start", least=0)
+    alpha: float = hp(0.5, "share of W_t in the one surrogate at the start", least=0, most=1)
     alpha_lr: float = hp(0.01, "Adam's step for that share", above=0, paper=1e-3, source="run_experiment.py")
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:

@@ -4,7 +4,8 @@
 
 One tile and one pair of channels take 36 products instead of 144, and all tiles and channels together are 36 matrix
 products. What surrounds them is linear with fixed matrices, so the derivative of the derivative, which an attack
-lives on, is made of such products as well. In float32 the result is a convolution's to 1e-6.
+lives on, is made of such products as well. In float32 the result is a convolution's to 1e-6; in bfloat16, whose digits
+B and A fit, a slope keeps more than four signs of five, and signs are all that a signed descent reads.
 """
 
 import math
@@ -52,7 +53,7 @@ A, G, B = (torch.kron(m, m) for m in bilinear(POINTS, 3))  # (16, 36), (36, 9), 
 
 
 class WinogradConv(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1; `products` is what its matrix products are computed in."""
+    """A 3x3 convolution of stride 1 and padding 1; between its input and its output all is computed in `products`."""
 
     products: torch.dtype | None = None
 
@@ -76,14 +77,13 @@ class WinogradConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
         rows, columns = math.ceil(height / TILE), math.ceil(width / TILE)
-        a, g, b = (m.to(x) for m in (A, G, B))
-        w = self.weight.permute(2, 3, 0, 1).reshape(9, -1)
-        w = (g @ w).view(PATCH**2, self.out_channels, self.in_channels)
-        d = _Patches.apply(x, rows, columns).view(PATCH**2, -1)
-        d = (b @ d).view(PATCH**2, self.in_channels, -1)
         kind = self.products or x.dtype
-        y = torch.bmm(w.to(kind), d.to(kind)).to(x.dtype)  # (36, O, N * tiles)
-        y = (a @ y.view(PATCH**2, -1)).view(TILE, TILE, self.out_channels, n, rows, columns)
+        w = self.weight.permute(2, 3, 0, 1).reshape(9, -1)
+        w = (G.to(x) @ w).view(PATCH**2, self.out_channels, self.in_channels).to(kind)
+        d = _Patches.apply(x, rows, columns, kind).view(PATCH**2, -1)
+        d = (B.to(d) @ d).view(PATCH**2, self.in_channels, -1)
+        y = torch.bmm(w, d)  # (36, O, N * tiles)
+        y = (A.to(y) @ y.view(PATCH**2, -1)).to(x.dtype).view(TILE, TILE, self.out_channels, n, rows, columns)
         y = y.permute(3, 2, 4, 0, 5, 1).reshape(n, self.out_channels, TILE * rows, TILE * columns)
         y = y[..., :height, :width]
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
@@ -106,25 +106,26 @@ class _Patches(torch.autograd.Function):
     """(N, C, H, W) -> the overlapping patches (6, 6, C, N, rows, columns)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int, columns: int) -> Tensor:
-        ctx.shape = x.shape
+    def forward(ctx: Any, x: Tensor, rows: int, columns: int, kind: torch.dtype) -> Tensor:
+        ctx.shape, ctx.kind = x.shape, x.dtype
         height, width = x.shape[2:]
-        x = F.pad(x, (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
+        x = F.pad(x.to(kind), (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
         return x.unfold(2, PATCH, TILE).unfold(3, PATCH, TILE).permute(4, 5, 1, 0, 2, 3).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        return _Overlap.apply(slopes[0], ctx.shape), None, None
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Overlap.apply(slopes[0], ctx.shape, ctx.kind), None, None, None
 
 
 class _Overlap(torch.autograd.Function):
     """The transpose of `_Patches`: each pixel is the sum of all patches that hold it. Autograd's own is much slower."""
 
     @staticmethod
-    def forward(ctx: Any, d: Tensor, shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, d: Tensor, shape: torch.Size, kind: torch.dtype) -> Tensor:
         n, channels, height, width = shape
-        rows, columns = ctx.tiles = d.shape[4:]
-        image = d.new_zeros(n, channels, rows + 1, TILE, columns + 1, TILE)
+        (rows, columns), ctx.kind = d.shape[4:], d.dtype
+        ctx.tiles = rows, columns
+        image = d.new_zeros(n, channels, rows + 1, TILE, columns + 1, TILE, dtype=kind)
         tiles = image.permute(3, 5, 1, 0, 2, 4)  # (4, 4, C, N, rows + 1, columns + 1)
         over = PATCH - TILE
         tiles[..., :-1, :-1] = d[:TILE, :TILE]
@@ -135,5 +136,5 @@ class _Overlap(torch.autograd.Function):
         return image[..., 1 : height + 1, 1 : width + 1]
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        return _Patches.apply(slopes[0], *ctx.tiles), None
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return _Patches.apply(slopes[0], *ctx.tiles, ctx.kind), None, None

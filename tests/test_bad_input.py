@@ -56,6 +56,7 @@ def unwritable(tmp: Path) -> list[str]:
 GRAD = {
     "unknown attack": (["dgl"], "dlg"),
     "no attack": ([], ""),
+    "a share over one": (["sme", "--alpha", "1.5"], "at most 1"),
     "unknown model": (["dlg", "--model", "lennet"], "lenet"),
     "unknown dataset": (["dlg", "--dataset", "photoz"], "photos"),
     "unknown flag": (["dlg", "--iteration", "3"], "--iteration"),

@@ -68,6 +68,26 @@ def test_bias_counts_survive_local_training(
     assert sum(hits) / len(hits) >= 0.98
 
 
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 0.001), ("sgd", 2.0)])
+def test_rehearsed_counts_are_nearer_than_interpolated_ones(optimizer: str, lr: float) -> None:
+    """Where local steps leave the straight line, or Adam hides sizes."""
+    ours, before = 0.0, 0.0
+    for seed in range(4):
+        labels = torch.randint(10, (20,), generator=torch.Generator().manual_seed(seed))
+        seen = observed(10, labels, Recipe(5, 3, lr, optimizer=optimizer), "relu", seed)
+        ours += accuracy("bias counts", seen, labels) / 4
+        before += accuracy("DLF", seen, labels) / 4
+    assert ours > 0.85
+    assert ours > before + 0.15
+
+
+def test_an_update_that_is_not_finite_has_labels_all_the_same() -> None:
+    labels = torch.tensor([3, 3, 0, 1])
+    seen = observed(6, labels, Recipe(2, 2, 1e9), "relu", seed=0)
+    assert not all(t.isfinite().all() for t in seen.update.tensors)
+    assert len(settle_labels(Matching(seen, "average").mean_gradient, seen, torch.Generator())) == 4
+
+
 def test_settled_labels_are_the_granted_ones_or_the_counted_ones() -> None:
     labels = torch.tensor([3, 3, 0, 1])
     seen = observed(6, labels, None, "relu", seed=0)

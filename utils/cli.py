@@ -29,20 +29,21 @@ def hp(
     paper: Any = _SAME,
     source: str = "",
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
     """A hyperparameter: our default, what it means, and the authors' value under `--paper` where it differs.
 
-    `source` says where the authors' value stands. A value under `least`, not above `above` or not below `below` is
-    refused on the command line.
+    `source` says where the authors' value stands. A value under `least`, over `most`, not above `above` or not below
+    `below` is refused on the command line.
     """
     help_text = doc
     if paper is not _SAME:
         help_text += f" [--paper: {paper}{', ' + source if source else ''}]"
     elif source:
         help_text += f" [{source}]"
-    limits = {"least": least, "above": above, "below": below}
+    limits = {"least": least, "most": most, "above": above, "below": below}
     return dataclasses.field(
         default=ours, metadata={"help": help_text, "paper": ours if paper is _SAME else paper, "limits": limits}
     )
@@ -212,6 +213,7 @@ def check_limits(part: Any) -> None:
             fail(f"{flag} must be a finite number, not {value:g}")
         for name, broken, words in (
             ("least", lambda v, bound: not v >= bound, "at least"),
+            ("most", lambda v, bound: not v <= bound, "at most"),
             ("above", lambda v, bound: not v > bound, "above"),
             ("below", lambda v, bound: not v < bound, "below"),
         ):
