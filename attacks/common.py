@@ -151,8 +151,13 @@ def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def cosine_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """1 - cosine of the angle between two gradients, each all its layers as one vector; constant in the second."""
     size = torch.stack([t.square().sum() for t in theirs]).sum()
-    along, square = _Inner.apply(tuple(theirs), *ours)
+    along, square = inner_and_square(ours, theirs)
     return 1 - along / (square * size).sqrt().clamp(min=TINY)
+
+
+def inner_and_square(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """<ours, theirs> and <ours, ours>, constant in the second, with one derivative only."""
+    return _Inner.apply(tuple(theirs), *ours)
 
 
 class _Inner(torch.autograd.Function):

@@ -35,7 +35,7 @@ REHEARSALS, CASTS = 2, 8  # of public images, labels and minibatch orders in eac
 RECAST = 0.2  # share of the labels that a cast draws anew
 WITNESSES, FEWER = 256, 16  # public images a mean softmax is of, and where rehearsals make up for what few get wrong
 POINTS = 3  # on the way from W_t to W_t+1
-RIDGE = 0.3
+RIDGE = 0.3  # on slopes in units of the evidence's deviation, added to a sum over casts and classes
 
 
 def method(name: str) -> Callable[[Rule], Rule]:
@@ -219,7 +219,9 @@ class _Public:
         self.start: tuple[Tensor, Tensor] | None = None  # the first look, always the same
         _head(model).register_forward_pre_hook(lambda _, inputs: self.heard.append(inputs[0].detach().flatten(1)))
         self.meta = MetaModel(model, seen.recipe.model_mode)
-        inputs = seen.task.to_model(seen.public.images[:images])
+        there = len(seen.public.images)
+        spread = torch.linspace(0, there - 1, min(images, there)).round().long()  # they may come class by class
+        inputs = seen.task.to_model(seen.public.images[spread.to(seen.public.images.device)])
         # in lots, unless what is normalised by the batch would change
         self.lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))
 
@@ -236,9 +238,9 @@ class _Public:
         self.heard.clear()
         weights = [w - share * d for w, d in zip(self.meta.weights, sent, strict=True)]
         logits = torch.cat([self.meta(lot, weights) for lot in self.lots])
-        seen = logits, torch.cat(self.heard)
-        self.start = seen if share == 0 else self.start
-        return seen
+        found = logits, torch.cat(self.heard)
+        self.start = found if share == 0 else self.start
+        return found
 
 
 def _straight_counts(

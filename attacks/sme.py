@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import register
-from attacks.common import TINY, Matching, SignedInversion, cosine_distance, inner, note_adam
+from attacks.common import TINY, Matching, SignedInversion, cosine_distance, inner, inner_and_square, note_adam
 from attacks.labels import settle_labels
 from federated.wire import Observation, Recipe, Reconstruction, Task
 from utils.cli import hp
@@ -51,8 +51,10 @@ class SME(SignedInversion):
 
         strides = min(self.strides, seen.recipe.steps(match.count))
         whole = seen.update.tensors
-        end = [w - d for w, d in zip(match.meta.weights, whole, strict=True)]
         length = inner(whole, whole)
+        # a stride that `left` remain of starts at W_k = W_t - way and looks from halfway(W_k) = ahead - (1 - s) way
+        shares = [0.5 / left for left in range(strides, 0, -1)]
+        ahead = [[w - s * d for w, d in zip(match.meta.weights, whole, strict=True)] for s in shares]
 
         def slope(pixels: Tensor, labels: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
             return match.as_delta(match.meta.gradient(seen.task.to_model(pixels), labels, weights))
@@ -63,12 +65,12 @@ class SME(SignedInversion):
 
         def followed(pixels: Tensor, labels: Tensor) -> Tensor:
             way = [torch.zeros_like(d) for d in whole]
-            for left in range(strides, 0, -1):
-                here = (w - a for w, a in zip(match.meta.weights, way, strict=True))
-                halfway = [torch.lerp(w, e, 0.5 / left) for w, e in zip(here, end, strict=True)]
+            for s, there in zip(shares, ahead, strict=True):
+                halfway = [torch.sub(w, a, alpha=1 - s) for w, a in zip(there, way, strict=True)]
                 g = slope(pixels, labels, halfway)
+                along, square = inner_and_square(g, whole)
                 # a guess that is far off may even step back: no stride is more than ten times its share
-                along = torch.maximum(inner(g, whole), 0.1 * (inner(g, g) * length).clamp(min=TINY).sqrt())
+                along = torch.maximum(along, 0.1 * (square * length).clamp(min=TINY).sqrt())
                 c = length / strides / along.clamp(min=TINY)
                 way = [a + c * t for a, t in zip(way, g, strict=True)]
             return cosine_distance(way, match.target)
