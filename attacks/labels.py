@@ -77,10 +77,10 @@ def bias_counts(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor:
     if seen.update.kind == "gradient" or (recipe.steps(count) == 1 and recipe.optimizer == "sgd"):
         return round_counts(_straight_counts(mean_gradient, seen, seen.update.tensors, _Public(seen, WITNESSES)), count)
     public = _Public(seen, FEWER)
+    public.hasten()
     told = _evidence(mean_gradient, seen, seen.update.tensors, public)
     found = round_counts(told[:, 0], count)
     rehearsed: list[tuple[Tensor, Tensor]] = []
-    public.hasten()
     for cast in range(REHEARSALS * CASTS if told.isfinite().all() else 0):
         rehearsed += _rehearse(found, seen, cast, public)
         if (cast + 1) % CASTS == 0 and len(rehearsed) > 1:
@@ -200,7 +200,7 @@ def guess_labels(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor
 def round_counts(wanted: Tensor, total: int) -> Tensor:
     """Non-negative integers near `wanted` (C,) that sum to `total`, as sorted labels (total,): largest remainder."""
     # an update that is not finite says nothing of labels
-    wanted = wanted.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0)
+    wanted = wanted.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(0, total)
     counts = wanted.floor().long()
     while (left := total - int(counts.sum())) > 0:
         best = (wanted - counts).argsort(descending=True)[:left]
@@ -217,13 +217,17 @@ class _Public:
         model = copy.deepcopy(seen.model)
         self.heard: list[Tensor] = []
         self.start: tuple[Tensor, Tensor] | None = None  # the first look, always the same
-        _head(model).register_forward_pre_hook(lambda _, inputs: self.heard.append(inputs[0].detach().flatten(1)))
+        _head(model).register_forward_pre_hook(self._hear)
         self.meta = MetaModel(model, seen.recipe.model_mode)
         there = len(seen.public.images)
         spread = torch.linspace(0, there - 1, min(images, there)).round().long()  # they may come class by class
         inputs = seen.task.to_model(seen.public.images[spread.to(seen.public.images.device)])
         # in lots, unless what is normalised by the batch would change
         self.lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))
+
+    def _hear(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach()
+        self.heard.append(x.flatten(2).mean(2) if x.ndim == 4 else x)  # what a head of 1x1 convolutions pools
 
     def hasten(self) -> None:
         """Before many steps are taken from here."""
@@ -257,7 +261,7 @@ def _straight_counts(
 
 
 def _evidence(mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequence[Tensor], public: _Public) -> Tensor:
-    """What an update shows of each class, (C, K): its straight count, then what betrays how that count errs.
+    """What an update shows of each class, (C, E): its straight count, then what betrays how that count errs.
 
     The last minibatches weigh on the returned model's own opinion of a class. Rows of the head's gradient weigh steps
     otherwise than the bias does, as features grow on the way, and their size tells of images, not of order.
@@ -273,7 +277,7 @@ def _evidence(mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequen
 
 
 def _rehearse(labels: Tensor, seen: Observation, cast: int, public: _Public) -> list[tuple[Tensor, Tensor]]:
-    """[(evidence (C, K), counts (C,))] of a client with public images and about these labels (K,), if it is finite."""
+    """[(evidence (C, E), counts (C,))] of a client with public images and about these labels (K,), if it is finite."""
     count, classes, recipe = len(labels), seen.task.num_classes, seen.recipe
     rng = torch.Generator().manual_seed(cast)
     chosen = torch.randint(len(seen.public.images), (count,), generator=rng)
@@ -283,12 +287,13 @@ def _rehearse(labels: Tensor, seen: Observation, cast: int, public: _Public) -> 
     labels = labels[torch.randperm(count, generator=rng).to(labels.device)]
     batches = [b.to(labels.device) for b in recipe.batches(count, rng)]
     sent = public.meta.train(inputs, labels, batches, recipe, create_graph=False)
+    sent = recipe.defense(sent, rng) if recipe.defense is not None else sent
     shown = _evidence(common.mean_gradient(seen, sent), seen, sent, public)
     return [(shown, torch.bincount(labels, minlength=classes).double())] if shown.isfinite().all() else []
 
 
 def _regress(told: Tensor, shown: Tensor, counts: Tensor) -> Tensor:
-    """Counts (C,) for evidence `told` (C, K), from casts' evidence (M, C, K) and counts (M, C).
+    """Counts (C,) for evidence `told` (C, E), from casts' evidence (M, C, E) and counts (M, C).
 
     Each class has its own mean over the casts, all share the slopes.
     """

@@ -49,8 +49,9 @@ class SME(SignedInversion):
         if seen.update.kind == "gradient" or seen.recipe.steps(match.count) == 1:
             return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
 
+        match.hasten(match.count)
         strides = min(self.strides, seen.recipe.steps(match.count))
-        whole = seen.update.tensors
+        whole = match.meta.laid_out(seen.update.tensors)
         length = inner(whole, whole)
         # a stride that `left` remain of starts at W_k = W_t - way and looks from halfway(W_k) = ahead - (1 - s) way
         shares = [0.5 / left for left in range(strides, 0, -1)]

@@ -63,7 +63,7 @@ class MetaModel:
         self.weights = tuple(p.detach() for p in self._parameters)
 
     def halve(self, wanted: bool) -> None:
-        """Whether the products of hastened convolutions are computed in bfloat16."""
+        """Whether hastened convolutions are computed in bfloat16."""
         for layer in self._module.modules():
             if isinstance(layer, WinogradConv):
                 layer.products = torch.bfloat16 if wanted else None

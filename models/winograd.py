@@ -53,7 +53,7 @@ A, G, B = (torch.kron(m, m) for m in bilinear(POINTS, 3))  # (16, 36), (36, 9), 
 
 
 class WinogradConv(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1; between its input and its output all is computed in `products`."""
+    """A 3x3 convolution of stride 1 and padding 1, computed in `products` between its input and its output."""
 
     products: torch.dtype | None = None
 
@@ -107,14 +107,14 @@ class _Patches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int, columns: int, kind: torch.dtype) -> Tensor:
-        ctx.shape, ctx.kind = x.shape, x.dtype
+        ctx.shape, ctx.back = x.shape, x.dtype
         height, width = x.shape[2:]
         x = F.pad(x.to(kind), (1, TILE * columns + 1 - width, 1, TILE * rows + 1 - height))
         return x.unfold(2, PATCH, TILE).unfold(3, PATCH, TILE).permute(4, 5, 1, 0, 2, 3).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Overlap.apply(slopes[0], ctx.shape, ctx.kind), None, None, None
+        return _Overlap.apply(slopes[0], ctx.shape, ctx.back), None, None, None
 
 
 class _Overlap(torch.autograd.Function):
@@ -123,7 +123,7 @@ class _Overlap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, d: Tensor, shape: torch.Size, kind: torch.dtype) -> Tensor:
         n, channels, height, width = shape
-        (rows, columns), ctx.kind = d.shape[4:], d.dtype
+        (rows, columns), ctx.back = d.shape[4:], d.dtype
         ctx.tiles = rows, columns
         image = d.new_zeros(n, channels, rows + 1, TILE, columns + 1, TILE, dtype=kind)
         tiles = image.permute(3, 5, 1, 0, 2, 4)  # (4, 4, C, N, rows + 1, columns + 1)
@@ -137,4 +137,4 @@ class _Overlap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        return _Patches.apply(slopes[0], *ctx.tiles, ctx.kind), None, None
+        return _Patches.apply(slopes[0], *ctx.tiles, ctx.back), None, None

@@ -42,6 +42,13 @@ def test_speed_compares_engines_on_one_victim(tmp_path: Path) -> None:
         assert float(row["best PSNR dB"]) > 0
 
 
+def test_a_loop_cut_short_shows_its_speed_and_no_picture(tmp_path: Path) -> None:
+    ours, loop = bench("speed.py", tmp_path, "--cases", "cpa", "--iterations", "3", "--image-size", "9")
+    assert float(ours["final PSNR dB"]) > 0
+    assert loop["s/victim"].endswith(" (reckoned)")
+    assert loop["best PSNR dB"] == loop["final PSNR dB"] == loop["s to 20 dB"] == "-"
+
+
 def test_limit_counts_and_times(tmp_path: Path) -> None:
     small = ["--model", "convnet64", "--batch-size", "1", "--repeats", "1", "--matmul", "64", "--image-size", "24"]
     rows = {r["convolutions"]: r for r in bench("limit.py", tmp_path, *small)}
@@ -54,7 +61,7 @@ def test_limit_counts_and_times(tmp_path: Path) -> None:
 
 
 def test_scale_has_a_row_for_every_point(tmp_path: Path) -> None:
-    small = ["--model", "lenet", "--iterations", "2", "--batch-size", "1", "--image-size", "9", "--local-steps", "2"]
+    small = ["--model", "lenet", "--iterations", "3", "--batch-size", "1", "--image-size", "9", "--local-steps", "2"]
     rows = bench("scale.py", tmp_path, *small, "--trials", "1", "--jobs", "1", "--dlg-iterations", "1")
     assert [r["axis"] for r in rows] == ["batch", "image side", "local steps", "trials x jobs"]
 

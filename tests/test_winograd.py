@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from attacks.common import cosine_distance
 from models import build
 from models.meta import MetaModel
 from models.winograd import WinogradConv, bilinear
@@ -91,3 +92,19 @@ def test_half_products_are_close_and_can_be_taken_back() -> None:
         assert torch.equal(meta(x), whole)
     assert not torch.equal(half, whole)
     torch.testing.assert_close(half, whole, rtol=0, atol=0.1 * whole.std().item())
+
+
+def test_bfloat16_keeps_the_signs_of_most_slopes() -> None:
+    rng = torch.Generator().manual_seed(0)
+    net = build("convnet64", (3, 32, 32), 4, rng=rng).eval()
+    x, y = torch.rand(1, 3, 32, 32, generator=rng), torch.tensor([1])
+    signs = []
+    for half in (False, True):
+        meta = MetaModel(net)
+        meta.hasten(x)
+        meta.halve(half)
+        target = meta.laid_out(meta.gradient(1 - x, y, create_graph=False))
+        guess = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(cosine_distance(meta.gradient(guess, y), target), guess)
+        signs.append(slope.sign())
+    assert 0.8 < (signs[0] == signs[1]).float().mean() < 1

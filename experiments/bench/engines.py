@@ -36,7 +36,7 @@ from utils.memory import keep_pages
 from utils.run import Scene, Victim, stream
 
 MODES = {"grad": (main_grad, cli.Grad, main_grad.GradScene), "fed": (main_fed, cli.Fed, main_fed.FedScene)}
-KEPT = 400  # pictures of a run that are scored at the most
+KEPT = 400  # pictures of a run that are scored, at the most
 
 
 class Stop(KeyboardInterrupt):
@@ -44,17 +44,21 @@ class Stop(KeyboardInterrupt):
 
 
 class Watch:
-    """A clock that is shown every iteration's images."""
+    """A clock that is shown every iteration's images, and keeps some, evenly spaced."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget or 10**9
         self.times: list[float] = []
-        self.pictures: list[Tensor] = []
+        self.pictures: list[tuple[float, Tensor]] = []
+        self.every = 1
         self.start = time.perf_counter()
 
     def __call__(self, images: Tensor) -> None:
         self.times.append(time.perf_counter() - self.start)
-        self.pictures.append(images.detach().clone())
+        if len(self.times) % self.every == 0:
+            self.pictures.append((self.times[-1], images.detach().clone()))
+        if len(self.pictures) > KEPT:
+            self.pictures, self.every = self.pictures[1::2], 2 * self.every
         if len(self.times) >= self.budget:
             raise Stop
 
@@ -70,7 +74,7 @@ class Baton(Watch):
         self.start = time.perf_counter()
 
 
-def ours(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
+def ours(scene: Scene, seen: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
     """The attack of the command line; its objective is watched from outside."""
     attack = scene.attack
     if iterations and hasattr(attack, "iterations") and not isinstance(watch, Baton):
@@ -95,13 +99,13 @@ def ours(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tens
     torch.set_num_threads(scene.threads)
     keep_pages()
     attack = Watched(**{f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)})
-    return attack.reconstruct(seen, stream(scene.seed, "attack", 0)).images
+    return attack.reconstruct(seen, stream(scene.seed, "attack", trial)).images
 
 
-def plain(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
+def plain(scene: Scene, seen: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
     """The paper's loop."""
     name, (model, target) = scene.command.attack_name, (seen.model, seen.update.tensors)
-    first = torch.randn(seen.update.num_examples, *seen.task.image_shape, generator=stream(scene.seed, "attack", 0))
+    first = torch.randn(seen.update.num_examples, *seen.task.image_shape, generator=stream(scene.seed, "attack", trial))
     if name == "dlg":
         loop = reference.dlg(model, target, first, seen.task.num_classes)
     elif name == "ig_single":
@@ -118,7 +122,7 @@ def plain(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Ten
     return images
 
 
-def breaching(scene: Scene, seen: Observation, watch: Watch, iterations: int) -> Tensor:
+def breaching(scene: Scene, seen: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
     """breaching 0.1.2, its configuration `invertinggradients` as it is."""
     import breaching as peer
 
@@ -138,16 +142,16 @@ def breaching(scene: Scene, seen: Observation, watch: Watch, iterations: int) ->
     shared = [{"gradients": list(seen.update.tensors), "buffers": None, "metadata": told}]
     config = peer.get_attack_config("invertinggradients")
     attacker = Watched(seen.model, torch.nn.CrossEntropyLoss(), config)
-    first = torch.randn(count, *task.image_shape, generator=stream(scene.seed, "attack", 0))
+    first = torch.randn(count, *task.image_shape, generator=stream(scene.seed, "attack", trial))
     return attacker.reconstruct(payload, shared, {}, initial_data=first)[0]["data"]
 
 
 ENGINES = {"ours": ours, "reference": plain, "breaching": breaching}
 
 
-def with_labels(scene: Scene, seen: Observation) -> Observation:
+def with_labels(scene: Scene, seen: Observation, trial: int) -> Observation:
     """The labels an attack infers, handed to all before the clock starts: its cost is no part of what is compared."""
-    labels = settle_labels(Matching(seen, "average").mean_gradient, seen, stream(scene.seed, "attack", 0))
+    labels = settle_labels(Matching(seen, "average").mean_gradient, seen, stream(scene.seed, "attack", trial))
     return dataclasses.replace(seen, granted={"labels": labels})
 
 
@@ -178,17 +182,14 @@ def score(truth: Batch, images: Tensor) -> float:
 def attacked(engine: str, scene: Scene, victim: Victim, watch: Watch, iterations: int) -> dict[str, Any]:
     """One victim by one engine: seconds, iterations, (seconds, PSNR) on the way and at the end."""
     infers = scene.command.attack_name == "ig_single"
-    seen = with_labels(scene, victim.seen) if infers else victim.seen
+    seen = with_labels(scene, victim.seen, victim.trial) if infers else victim.seen
     forget_memory()
     answer, watch.start = None, time.perf_counter()
     with contextlib.suppress(Stop):
-        answer = ENGINES[engine](scene, seen, watch, iterations).detach()
+        answer = ENGINES[engine](scene, seen, victim.trial, watch, iterations).detach()
     total, peak = time.perf_counter() - watch.start, memory()
-    pictures = [*zip(watch.times, watch.pictures, strict=True)]
-    if answer is not None:
-        pictures.append((total, answer))
-    every = max(1, -(-len(pictures) // KEPT))
-    scores = [(t, score(victim.truth, p.cpu().float().clamp(0, 1))) for t, p in pictures[::-1][::every][::-1]]
+    pictures = watch.pictures if answer is None else [*watch.pictures, (total, answer)]
+    scores = [(t, score(victim.truth, p.cpu().float().clamp(0, 1))) for t, p in pictures]
     found = {"seconds": total, "iterations": len(watch.times), "scores": scores, "peak": peak}
     if scene.command.attack_name == "cpa":
         found["corr"] = min(correlations(victim.truth.images, pictures[-1][1].float())[0])

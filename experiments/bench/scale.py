@@ -23,7 +23,7 @@ class Flags:
     trials: tuple[int, ...] = hp((2, 8), "of dlg")
     dlg_iterations: int = hp(800, "at the most, of each trial of dlg", least=1)
     jobs: tuple[int, ...] = hp((1, 2), "at once")
-    iterations: int = hp(10, "timed, of each", least=2)
+    iterations: int = hp(10, "timed, of each", least=3)
     base_datadir: Path = hp(ROOT / "datasets", "where data sets lie")
     dataset: str = hp("photos", "whose images")
     out: Path = hp(ROOT / "results" / "bench", "where scale.md and scale.csv go")
@@ -66,7 +66,7 @@ def command(words: list[str]) -> float:
         done = subprocess.run(page, capture_output=True, text=True)
         took = time.perf_counter() - start
     if done.returncode:
-        fail(f"main_grad.py {' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
+        fail(f"main_grad.py {' '.join(words)} failed: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}")
     return took
 
 
