@@ -19,6 +19,7 @@ from attacks.common import cosine_distance
 from experiments.bench.speed import machine, write
 from models.meta import MetaModel
 from utils.cli import ROOT, hp, settings
+from utils.memory import keep_pages
 from utils.report import number
 from utils.run import page
 
@@ -75,6 +76,7 @@ def useful(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> int:
 
 
 def main(flags: Flags) -> None:
+    keep_pages()
     if flags.threads:
         torch.set_num_threads(flags.threads)
     limits = {k: rate(k, flags.matmul, flags.repeats) for k in (torch.float32, torch.bfloat16)}
