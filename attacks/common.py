@@ -465,11 +465,11 @@ class SignedInversion(Attack):
             match.meta.halve(False)
             with torch.no_grad():
                 best, kept = min(
-                    ((cost(task.to_pixels(end), labels, *more).item(), end) for end in (kept, x)),
+                    ((cost(task.to_pixels(end), labels, *more).item(), end) for end in (kept, x.detach())),
                     key=lambda found: found[0] if math.isfinite(found[0]) else math.inf,
                 )
         return Descent(
-            pixels=task.to_pixels(kept.detach()).clamp(0, 1),
+            pixels=task.to_pixels(kept).clamp(0, 1),
             labels=labels,
             loss=best,
             trace=tuple(trace),

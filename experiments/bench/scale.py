@@ -6,8 +6,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from experiments.bench.speed import machine, run, write
-from utils.cli import ROOT, fail, hp, settings
+from experiments.bench.speed import failed, machine, run, write
+from utils.cli import ROOT, hp, settings
 from utils.report import number
 from utils.run import page
 
@@ -66,7 +66,7 @@ def command(words: list[str]) -> float:
         done = subprocess.run(page, capture_output=True, text=True)
         took = time.perf_counter() - start
     if done.returncode:
-        fail(f"main_grad.py {' '.join(words)} failed: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}")
+        failed(f"main_grad.py {' '.join(words)}", done.stderr)
     return took
 
 

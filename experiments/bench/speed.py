@@ -17,7 +17,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from attacks.base import discover
 from experiments.bench.reference import budget
@@ -81,8 +81,13 @@ class Engine:
         said = self.process.communicate()[0].splitlines()
         self.errors.seek(0)
         if self.process.returncode:
-            fail(f"{self.what} failed: {(self.errors.read().strip().splitlines() or ['no word why'])[-1]}")
+            failed(self.what, self.errors.read())
         return json.loads(said[-1])  # a dot at the most stands before it
+
+
+def failed(what: str, errors: str) -> NoReturn:
+    """Ends with the last thing a process had to say."""
+    fail(f"{what} failed: {(errors.strip().splitlines() or ['no word why'])[-1]}")
 
 
 def run(name: str, iterations: int, case: list[str]) -> Run:
