@@ -31,11 +31,11 @@ def head_gradient(tensors: tuple[Tensor, ...], num_classes: int) -> tuple[Tensor
 
 Rule = Callable[[tuple[Tensor, ...], Observation], Tensor]
 METHODS: dict[str, Rule] = {}
-REHEARSALS, CASTS = 2, 8  # of public images, labels and minibatch orders in each rehearsal
-RECAST = 0.2  # share of the labels that a cast draws anew
+CASTS = 8  # of public images, labels and minibatch orders in each rehearsal
+RECAST = (0.5, 0.3, 0.2)  # share of the labels that a cast draws anew, in each rehearsal: ever nearer to those found
 WITNESSES, FEWER = 256, 16  # public images a mean softmax is of, and where rehearsals make up for what few get wrong
 POINTS = 3  # on the way from W_t to W_t+1
-RIDGE = 0.3  # on slopes in units of the evidence's deviation, added to a sum over casts and classes
+RIDGE = 0.05  # on slopes in units of the evidence's deviation, added to a sum over casts and classes
 
 
 def method(name: str) -> Callable[[Rule], Rule]:
@@ -81,10 +81,14 @@ def bias_counts(mean_gradient: tuple[Tensor, ...], seen: Observation) -> Tensor:
     told = _evidence(mean_gradient, seen, seen.update.tensors, public)
     found = round_counts(told[:, 0], count)
     rehearsed: list[tuple[Tensor, Tensor]] = []
-    for cast in range(REHEARSALS * CASTS if told.isfinite().all() else 0):
-        rehearsed += _rehearse(found, seen, cast, public)
-        if (cast + 1) % CASTS == 0 and len(rehearsed) > 1:
+    for number, share in enumerate(RECAST if told.isfinite().all() else ()):
+        for cast in range(CASTS):
+            rehearsed += _rehearse(found, share, number * CASTS + cast, seen, public)
+        before = found
+        if len(rehearsed) > 1:
             found = round_counts(_regress(told, *map(torch.stack, zip(*rehearsed, strict=True))), count)
+        if number and found.equal(before):
+            break
     return found
 
 
@@ -264,25 +268,35 @@ def _evidence(mean_gradient: tuple[Tensor, ...], seen: Observation, sent: Sequen
     """What an update shows of each class, (C, E): its straight count, then what betrays how that count errs.
 
     The last minibatches weigh on the returned model's own opinion of a class. Rows of the head's gradient weigh steps
-    otherwise than the bias does, as features grow on the way, and their size tells of images, not of order.
+    otherwise than the bias does, for features move on the way: where they end up, and where errors push them through
+    the head that was sent. A row along such a direction tells early steps from late ones.
     """
     weight, bias = head_gradient(mean_gradient, seen.task.num_classes)
+    head, _ = head_gradient(tuple(w.detach() for w in public.meta.weights), seen.task.num_classes)
     bias = _bias(mean_gradient, seen)
     (_, before), (logits, after) = public.look(sent, 0.0), public.look(sent, 1.0)
     first, grown = before.mean(0), after.mean(0) - before.mean(0)
-    shares = logits.softmax(1).mean(0)
+    plane, _ = torch.linalg.qr(torch.stack([first, grown], 1))
+    pushed, shares = head.T @ bias, logits.softmax(1).mean(0)
     shown = [_straight_counts(mean_gradient, seen, sent, public), bias, shares, shares.square()]
     shown += [logits.mean(0) - logits.mean(), weight.sum(1), weight.norm(dim=1), weight @ first, weight @ grown]
+    shown += [weight @ pushed, (weight - weight @ plane @ plane.T) @ pushed]
+    shown += [head @ (weight.T @ (weight @ first)), (head * weight).sum(1)]
     return torch.stack(shown, 1).double()
 
 
-def _rehearse(labels: Tensor, seen: Observation, cast: int, public: _Public) -> list[tuple[Tensor, Tensor]]:
-    """[(evidence (C, E), counts (C,))] of a client with public images and about these labels (K,), if it is finite."""
+def _rehearse(
+    labels: Tensor, share: float, cast: int, seen: Observation, public: _Public
+) -> list[tuple[Tensor, Tensor]]:
+    """[(evidence (C, E), counts (C,))] of a client with public images and these labels (K,), if it is finite.
+
+    A `share` of the labels is drawn anew.
+    """
     count, classes, recipe = len(labels), seen.task.num_classes, seen.recipe
     rng = torch.Generator().manual_seed(cast)
     chosen = torch.randint(len(seen.public.images), (count,), generator=rng)
     inputs = seen.task.to_model(seen.public.images[chosen.to(labels.device)])
-    anew, drawn = torch.rand(count, generator=rng) < RECAST, torch.randint(classes, (count,), generator=rng)
+    anew, drawn = torch.rand(count, generator=rng) < share, torch.randint(classes, (count,), generator=rng)
     labels = torch.where(anew.to(labels.device), drawn.to(labels.device), labels)
     labels = labels[torch.randperm(count, generator=rng).to(labels.device)]
     batches = [b.to(labels.device) for b in recipe.batches(count, rng)]
@@ -295,15 +309,18 @@ def _rehearse(labels: Tensor, seen: Observation, cast: int, public: _Public) -> 
 def _regress(told: Tensor, shown: Tensor, counts: Tensor) -> Tensor:
     """Counts (C,) for evidence `told` (C, E), from casts' evidence (M, C, E) and counts (M, C).
 
-    Each class has its own mean over the casts, all share the slopes.
+    Each class has its own mean over the casts; all share the slopes, which bend with how large a class is.
     """
     middle, about = shown.mean(0), counts.mean(0)
-    apart = (shown - middle).flatten(0, 1)
-    unit = apart.std(0).clamp(min=1e-12)
-    apart = apart / unit
+    apart = shown - middle
+    unit = apart.flatten(0, 1).std(0).clamp(min=1e-12)
+    size = ((about - about.mean()) / about.std().clamp(min=1e-12))[:, None]
+    size = size * (len(shown) > CASTS)  # a first few casts do not tell how slopes bend
+    apart, off = (torch.cat([x, x * size], -1) for x in (apart / unit, (told - middle) / unit))
+    apart = apart.flatten(0, 1)
     ridge = RIDGE * torch.eye(apart.shape[1]).to(apart)
     slopes = torch.linalg.solve(apart.T @ apart + ridge, apart.T @ (counts - about).flatten())
-    return about + (told - middle) / unit @ slopes
+    return about + off @ slopes
 
 
 def _head(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attacks.common import Matching
-from attacks.labels import METHODS, round_counts, settle_labels
+from attacks.labels import METHODS, RECAST, round_counts, settle_labels
 from defenses.base import parse
 from federated.client import gradient, train
 from federated.wire import Batch, Observation, Recipe, Task
@@ -69,20 +69,22 @@ def test_bias_counts_survive_local_training(
     assert sum(hits) / len(hits) >= 0.98
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 0.001), ("sgd", 2.0)])
-def test_rehearsals_bring_counts_nearer(optimizer: str, lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("optimizer", "lr", "activation"), [("adam", 0.001, "relu"), ("sgd", 0.1, "sigmoid")])
+def test_rehearsals_bring_counts_nearer(
+    optimizer: str, lr: float, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where local steps leave the straight line, or Adam hides sizes."""
     found = []
-    for rehearsals in (0, 2):
-        monkeypatch.setattr("attacks.labels.REHEARSALS", rehearsals)
+    for rehearsals in ((), RECAST):
+        monkeypatch.setattr("attacks.labels.RECAST", rehearsals)
         hits = 0.0
         for seed in range(4):
             labels = torch.randint(10, (20,), generator=torch.Generator().manual_seed(seed))
-            seen = observed(10, labels, Recipe(5, 3, lr, optimizer=optimizer), "relu", seed)
+            seen = observed(10, labels, Recipe(5, 3, lr, optimizer=optimizer), activation, seed)
             hits += accuracy("bias counts", seen, labels) / 4
         found.append(hits)
-    assert found[1] > 0.85
-    assert found[1] > found[0]
+    assert found[1] > 0.8
+    assert found[1] > found[0] + 0.1
 
 
 def test_a_rehearsal_undergoes_what_the_client_did() -> None:
