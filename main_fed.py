@@ -1,5 +1,10 @@
 """Federated mode: rounds of FedAvg with weight deltas on the wire, and the server attacks what it receives."""
 
+from utils.workers import start_ahead
+
+if __name__ == "__main__":
+    start_ahead()  # before torch is imported here
+
 import dataclasses
 import math
 from collections import Counter

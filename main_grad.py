@@ -1,5 +1,10 @@
 """Pure-gradient mode: each trial puts the gradient of one private batch on the wire, and the server attacks it."""
 
+from utils.workers import start_ahead
+
+if __name__ == "__main__":
+    start_ahead()  # before torch is imported here
+
 from collections.abc import Iterator
 
 import torch

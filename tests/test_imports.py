@@ -32,7 +32,8 @@ ALLOWED = {
     "models": {"federated.wire", "models"},
     "data": {"federated.wire", "data"},
     "defenses": {"federated.wire", "defenses"},
-    "utils.backends": {"attacks.base", "federated.wire", "utils.cli", "utils.memory", "utils.results"},
+    "utils.backends": {"attacks.base", "federated.wire", "utils.cli", "utils.memory", "utils.results", "utils.workers"},
+    "utils.workers": {"utils.cli"},
     "utils.run": set(ROOMS) - {"defenses"},
 }
 

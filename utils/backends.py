@@ -6,6 +6,7 @@ stays in this process: a worker is sent an `Observation`, and nothing else of th
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,7 @@ import torch
 
 from attacks.base import Attack, checkpoint, progress
 from federated.wire import Batch, Observation, Reconstruction, Task, UsageError
+from utils import workers
 from utils.cli import ROOT
 from utils.memory import keep_pages
 from utils.results import Store
@@ -122,7 +124,7 @@ def _keep_busy(
 
 def local(shared: Shared, victims: Iterator[V], listen: Listener, jobs: int) -> Iterator[Attacked[V]]:
     """In processes of this machine."""
-    context = multiprocessing.get_context("spawn")
+    context = workers.context()
     news = context.Queue()
     # by file: a large argument would hold up each worker's start until the one before has come up
     common = tempfile.NamedTemporaryFile(suffix=".pickle")  # noqa: SIM115
@@ -153,6 +155,7 @@ _shared: Shared | None = None
 
 def _start_worker(common: str, news: Any) -> None:
     global _shared
+    gc.freeze()  # pages that are shared with the server, until a collection writes to them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     progress.listener = _Courier(news)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import math
 import os
@@ -218,6 +219,7 @@ def plain_mistakes() -> Iterator[None]:
 
 def main(mode: str, run_cls: type, scene_cls: type[Scene], observations: Observations) -> None:
     """A command from its flags to its exit code: 0, 2 for bad input (one line), 130 for Ctrl-C."""
+    gc.freeze()  # what is imported stays: going through it once more at the end takes Python half a second
     program = Path(sys.argv[0]).name
     commands = cli.parse(sys.argv[1:], run_cls, discover(), f"python {program}")
     with plain_mistakes():

@@ -1,0 +1,89 @@
+"""Worker processes: called for when a command may want them, found wherever the user stands, and missed in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from utils import workers
+
+FLAGS = ["--image-size", "16", "--trials", "3", "--jobs", "2", "--tolerance", "0", "--stall", "1e-12"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("dlg", True),
+        ("dlg --jobs 2", True),
+        ("dlg --trials 10 --jobs=12", True),
+        ("dlg --iterations 1", True),
+        ("", False),
+        ("--help", False),
+        ("dlg -h", False),
+        ("dlg --jobs 1", False),
+        ("dlg --trials=1 --seed 3", False),
+        ("dlg --backend ray --jobs 2", False),
+    ],
+)
+def test_workers_are_called_for_by_commands_that_may_want_them(
+    flags: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[None] = []
+    monkeypatch.setattr(workers, "context", lambda: called.append(None))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["main_grad.py", *flags.split()])
+    workers.start_ahead()
+    assert bool(called) == wanted
+
+
+def test_a_folder_of_the_users_hides_nothing_from_workers(tmp_path: Path) -> None:
+    """Modules by the names of ours, and of the standard library's, where the user stands."""
+    for name in ("random", "tempfile", "torch", "utils", "data"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    command = [sys.executable, str(ROOT / "main_grad.py"), "dlg", *FLAGS, "--iterations", "3", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=_without_path(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "not this one" not in done.stderr + done.stdout
+    assert len(list(tmp_path.glob("out/grad/dlg/*/done"))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers by /proc")
+def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "main_grad.py"), "dlg", *FLAGS, "--out", str(tmp_path)]
+    run = subprocess.Popen([*command, "--iterations", "100000"], stderr=subprocess.PIPE, text=True, env=_without_path())
+    deadline = time.monotonic() + 60
+    while len(found := _grandchildren(run.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(found[0], signal.SIGKILL)
+    _, error = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert [line for line in error.splitlines() if line.startswith("error")] == [
+        "error: a worker died (out of memory?); the same command goes on, --jobs 1 needs less"
+    ]
+    assert "Traceback" not in error
+    done = subprocess.run([*command, "--iterations", "3"], capture_output=True, text=True, env=_without_path())
+    assert done.returncode == 0, done.stderr
+    trials = next(p for p in tmp_path.glob("grad/dlg/*/done")).parent / "trials.jsonl"
+    assert sorted(json.loads(line)["trial"] for line in trials.read_text().splitlines()) == [0, 1, 2]
+
+
+def _without_path() -> dict[str, str]:
+    """As a user has it, who has not told Python where we are."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
+def _grandchildren(pid: int) -> list[int]:
+    """Workers are children of the server, which is one of the page's."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return [child for child, parent in parents.items() if parents.get(parent) == pid]
