@@ -70,7 +70,7 @@ class Matching:
         if not self.unrolled:
             ours = self.meta.gradient(inputs, labels, create_graph=torch.is_grad_enabled())
             return defended(ours) if self.whole else self.as_delta(ours)
-        delta = self.meta.train(inputs, labels, self.batches, recipe)
+        delta = self.meta.train(inputs, labels, self.batches, recipe, create_graph=torch.is_grad_enabled())
         return tuple(d / self.mass for d in defended(delta))
 
     def as_delta(self, gradient: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -385,15 +385,20 @@ class SignedInversion(Attack):
         cost: Callable[..., Tensor],
         copies: int = 1,
         extra: Mapping[float, float] = MappingProxyType({}),
+        correct: Callable[..., None] | None = None,
+        every: int = 1,
     ) -> tuple[Descent, int]:
         """The best of all runs, and the iterations of all together.
 
         `cost(pixels, labels, *extra)` is the objective without the prior; pixels are (copies * N, C, H, W), and `extra`
-        maps the start of each further variable, kept in [0, 1], to its step.
+        maps the start of each further variable, kept in [0, 1], to its step. `correct(pixels, labels, *extra)` is told
+        the guess after a tenth of the iterations, `every` so many from there on, and at the end, when the cost may
+        become another; `correct(None, labels)` has it forget.
         """
         match.hasten(copies * len(labels))
+        y = labels.repeat(copies)
         runs = [
-            checkpoint.stretch(Descent, rng, partial(self._run, match, labels.repeat(copies), rng, cost, extra, run))
+            checkpoint.stretch(Descent, rng, partial(self._run, match, y, rng, cost, extra, correct, every, run))
             for run in range(self.restarts)
         ]
         return min(runs, key=lambda run: run.loss), sum(run.iterations for run in runs)
@@ -416,6 +421,8 @@ class SignedInversion(Attack):
         rng: torch.Generator,
         cost: Callable[..., Tensor],
         extra: Mapping[float, float],
+        correct: Callable[..., None] | None,
+        every: int,
         run: int,
     ) -> Descent:
         task = match.task
@@ -426,8 +433,17 @@ class SignedInversion(Attack):
         more = [x.new_full((), v, requires_grad=True) for v in extra]
         steps = [self.lr, *extra.values()]
         optimizer = Adam((x, *more))
-        best, kept, waited = math.inf, x.detach().clone(), 0
+        best, lowest, kept, waited = math.inf, math.inf, x.detach().clone(), 0
         trace: list[float] = []
+        corrections = range(self.iterations // 10, self.iterations, every) if correct else ()
+        corrected_at: list[Tensor] | None = None
+
+        def put_right(there: list[Tensor]) -> None:
+            assert correct is not None
+            correct(task.to_pixels(there[0]), labels, *there[1:])
+
+        if correct:
+            correct(None, labels)
         saved = checkpoint.resume(rng)
         ends = [round(self.iterations * share) for share in (3 / 8, 5 / 8, 7 / 8, 1)]
         half = self.precision == "bfloat16" or (self.precision == "auto" and has_bfloat16(match.device))
@@ -440,12 +456,18 @@ class SignedInversion(Attack):
                 put([x, *more], saved["variables"])
                 optimizer.load(saved["optimizer"])
                 first, waited, best, kept, trace = (saved[k] for k in ("step", "waited", "best", "kept", "trace"))
-                saved = None
+                lowest, corrected_at, saved = saved["lowest"], saved["corrected_at"], None
+                if corrected_at is not None:
+                    put_right(corrected_at)
             for step in range(first, length):
+                if len(trace) in corrections:
+                    corrected_at, best = [v.detach().clone() for v in (x, *more)], math.inf
+                    put_right(corrected_at)
                 loss = cost(task.to_pixels(x), labels, *more)
                 slope, *slopes = torch.autograd.grad(loss, [x, *more])
                 trace.append(loss.item())
-                waited = 0 if trace[-1] < 0.99 * best else waited + 1
+                waited = 0 if trace[-1] < 0.99 * lowest else waited + 1
+                lowest = min(lowest, trace[-1])
                 if trace[-1] < best:
                     best, kept = trace[-1], x.detach().clone()
                 if not math.isfinite(trace[-1]) or 0 < self.patience <= waited:
@@ -459,10 +481,12 @@ class SignedInversion(Attack):
                 progress(run * self.iterations + len(trace), self.restarts * self.iterations, trace[-1])
                 if checkpoint.due():
                     state = {"stage": stage, "step": step + 1, "variables": [v.detach() for v in (x, *more)]}
-                    state |= {"optimizer": optimizer.state(), "waited": waited, "best": best}
-                    checkpoint.save(rng, state | {"kept": kept, "trace": trace})
-        if half:  # whose rounding makes of the lowest objective a matter of luck
-            match.meta.halve(False)
+                    state |= {"optimizer": optimizer.state(), "waited": waited, "best": best, "lowest": lowest}
+                    checkpoint.save(rng, state | {"kept": kept, "trace": trace, "corrected_at": corrected_at})
+        match.meta.halve(False)
+        if correct:
+            put_right([kept, *(v.detach() for v in more)])
+        if half or correct:  # rounding, or an old correction, makes of the lowest objective a matter of luck
             with torch.no_grad():
                 best, kept = min(
                     ((cost(task.to_pixels(end), labels, *more).item(), end) for end in (kept, x.detach())),

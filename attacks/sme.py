@@ -7,12 +7,17 @@ whole way. Where that point lies is learned with the pixels: one gradient for ea
 gradient on the wire leaves nothing to learn, and the attack is Inverting Gradients.
 
 Clients bend off the straight line, and there no choice of points explains the update: at the true images the distance
-stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. Our default follows the bend in a few strides
+stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. Our default corrects the surrogate (defect
+correction, Stetter 1978). Every few iterations the guess x' goes through the client's own local steps, without a way
+back; what the surrogate says otherwise is taken off what it says until the next time:
 
-    W_k+1 = W_k - c_k g(W_k + (W_t+1 - W_k) / (2 (K - k))),      c_k such that each goes 1/K of the way to W_t+1
+    x* = argmin_{x, a}  1 - cos( s(x, a) - e, W_t - W_t+1 ),      e = s(x', a') - u(x')
 
-and matches their sum: K gradients for each iteration, whatever T is, and under 0.01 at the truth for K = 4.
+with s the surrogate's gradient and u the client's update, both scaled to go all the way. Where guesses come to rest
+s - e is u: the objective is that of the unrolled attack, for one gradient with a slope in each iteration.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,49 +38,66 @@ class SME(SignedInversion):
     iterations: int = hp(300, "steps at the most, of each run", least=1, paper=5000, source="run_experiment.py")
     lr: float = hp(0.1, "Adam's step in the model's units", above=0, paper=1e-3, source="run_experiment.py")
     tv: float = hp(0.6, "total-variation weight", least=0, paper=1e-4, source="run_experiment.py")
-    strides: int = hp(
-        4, "K, from W_t to W_t+1, T at the most; 1: one surrogate on the straight line, as published", least=1, paper=1
+    correct: int = hp(5, "iterations from one correction to the next; 0: none, as published", least=0, paper=0)
+    alpha: float = hp(0.5, "share of W_t in the surrogate at the start", least=0, most=1)
+    alpha_lr: float = hp(
+        0.0, "Adam's step for it; 0: it stays", least=0, paper=1e-3, source="run_experiment.py"
     )
-    alpha: float = hp(0.5, "share of W_t in the one surrogate at the start", least=0, most=1)
-    alpha_lr: float = hp(0.01, "Adam's step for that share", above=0, paper=1e-3, source="run_experiment.py")
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
         note_adam(recipe, kind)
 
     def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        match = Matching(seen, "average")
+        several = seen.update.kind == "delta" and seen.recipe.steps(seen.update.num_examples) > 1
+        match = Matching(seen, "unrolled" if several and self.correct else "average")
         labels = settle_labels(match.mean_gradient, seen, rng)
-        if seen.update.kind == "gradient" or seen.recipe.steps(match.count) == 1:
+        if not several:
             return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
-
         match.hasten(match.count)
-        strides = min(self.strides, seen.recipe.steps(match.count))
-        whole = match.meta.laid_out(seen.update.tensors)
-        length = inner(whole, whole)
-        # a stride that `left` remain of starts at W_k = W_t - way and looks from halfway(W_k) = ahead - (1 - s) way
-        shares = [0.5 / left for left in range(strides, 0, -1)]
-        ahead = [[w - s * d for w, d in zip(match.meta.weights, whole, strict=True)] for s in shares]
+        surrogate = Surrogate(match, seen.update.tensors)
+        extra = {self.alpha: self.alpha_lr}
+        if not self.correct:
+            return self.answer(*self.descend(match, labels, rng, surrogate.distance, extra=extra))
+        corrected = {"correct": surrogate.correct, "every": self.correct}
+        return self.answer(*self.descend(match, labels, rng, surrogate.distance, extra=extra, **corrected))
 
-        def slope(pixels: Tensor, labels: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
-            return match.as_delta(match.meta.gradient(seen.task.to_model(pixels), labels, weights))
 
-        def surrogate(pixels: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-            between = [w - (1 - alpha) * d for w, d in zip(match.meta.weights, whole, strict=True)]
-            return cosine_distance(slope(pixels, labels, between), match.target)
+class Surrogate:
+    """One model between the one broadcast and the one returned, in whose place clients are taken to have trained."""
 
-        def followed(pixels: Tensor, labels: Tensor) -> Tensor:
-            way = [torch.zeros_like(d) for d in whole]
-            for s, there in zip(shares, ahead, strict=True):
-                halfway = [torch.sub(w, a, alpha=1 - s) for w, a in zip(there, way, strict=True)]
-                g = slope(pixels, labels, halfway)
-                along, square = inner_and_square(g, whole)
-                # a guess that is far off may even step back: no stride is more than ten times its share
-                along = torch.maximum(along, 0.1 * (square * length).clamp(min=TINY).sqrt())
-                c = length / strides / along.clamp(min=TINY)
-                way = [a + c * t for a, t in zip(way, g, strict=True)]
-            return cosine_distance(way, match.target)
+    def __init__(self, match: Matching, delta: Sequence[Tensor]) -> None:
+        self.match, self.delta = match, match.meta.laid_out(delta)
+        self.length = inner(match.target, match.target)
+        self.error: list[Tensor] | None = None
 
-        if strides > 1:
-            return self.answer(*self.descend(match, labels, rng, followed))
-        return self.answer(*self.descend(match, labels, rng, surrogate, extra={self.alpha: self.alpha_lr}))
+    def distance(self, pixels: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+        """1 - cos to what was sent, of the gradient at `alpha` W_t + (1 - `alpha`) W_t+1 as it was last corrected."""
+        said = self._says(pixels, labels, alpha)
+        if self.error is not None:
+            said = [s - e for s, e in zip(self._whole(said), self.error, strict=True)]
+        return cosine_distance(said, self.match.target)
+
+    @torch.no_grad()
+    def correct(self, pixels: Tensor | None, labels: Tensor, *alpha: Tensor) -> None:
+        """From here on nothing is wrong at these pixels; None: forget what was."""
+        self.error = None
+        if pixels is not None:
+            pairs = zip(
+                self._whole(self._says(pixels, labels, *alpha)),
+                self._whole(self.match.simulate(pixels, labels)),
+                strict=True,
+            )
+            self.error = [said - sent for said, sent in pairs]
+
+    def _says(self, pixels: Tensor, labels: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+        match = self.match
+        between = [w - (1 - alpha) * d for w, d in zip(match.meta.weights, self.delta, strict=True)]
+        inputs = match.task.to_model(pixels)
+        return match.as_delta(match.meta.gradient(inputs, labels, between, create_graph=torch.is_grad_enabled()))
+
+    def _whole(self, sent: Sequence[Tensor]) -> list[Tensor]:
+        """Scaled to go as far along the client's way as the client; what hardly does, to ten times its length."""
+        along, square = inner_and_square(sent, self.match.target)
+        along = torch.maximum(along, 0.1 * (square * self.length).clamp(min=TINY).sqrt())
+        return [self.length / along.clamp(min=TINY) * t for t in sent]
