@@ -40,9 +40,7 @@ class SME(SignedInversion):
     tv: float = hp(0.6, "total-variation weight", least=0, paper=1e-4, source="run_experiment.py")
     correct: int = hp(5, "iterations from one correction to the next; 0: none, as published", least=0, paper=0)
     alpha: float = hp(0.5, "share of W_t in the surrogate at the start", least=0, most=1)
-    alpha_lr: float = hp(
-        0.0, "Adam's step for it; 0: it stays", least=0, paper=1e-3, source="run_experiment.py"
-    )
+    alpha_lr: float = hp(0.0, "Adam's step for it; 0: it stays", least=0, paper=1e-3, source="run_experiment.py")
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
