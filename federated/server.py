@@ -31,7 +31,7 @@ def sample_clients(clients: int, per_round: int, rng: torch.Generator) -> list[i
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batch: Batch, task: Task, chunk: int = 256) -> float:
+def accuracy(model: nn.Module, batch: Batch, task: Task, chunk: int = 64) -> float:
     """Share of `batch` the model classifies right, in eval mode."""
     training = model.training
     model.eval()
