@@ -456,7 +456,7 @@ class SignedInversion(Attack):
                 put([x, *more], saved["variables"])
                 optimizer.load(saved["optimizer"])
                 first, waited, best, kept, trace = (saved[k] for k in ("step", "waited", "best", "kept", "trace"))
-                lowest, corrected_at, saved = saved["lowest"], saved["corrected_at"], None
+                lowest, corrected_at, saved = min(trace), saved["corrected_at"], None
                 if corrected_at is not None:
                     put_right(corrected_at)
             for step in range(first, length):
@@ -481,7 +481,7 @@ class SignedInversion(Attack):
                 progress(run * self.iterations + len(trace), self.restarts * self.iterations, trace[-1])
                 if checkpoint.due():
                     state = {"stage": stage, "step": step + 1, "variables": [v.detach() for v in (x, *more)]}
-                    state |= {"optimizer": optimizer.state(), "waited": waited, "best": best, "lowest": lowest}
+                    state |= {"optimizer": optimizer.state(), "waited": waited, "best": best}
                     checkpoint.save(rng, state | {"kept": kept, "trace": trace, "corrected_at": corrected_at})
         match.meta.halve(False)
         if correct:

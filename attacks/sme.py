@@ -54,11 +54,9 @@ class SME(SignedInversion):
             return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
         match.hasten(match.count)
         surrogate = Surrogate(match, seen.update.tensors)
-        extra = {self.alpha: self.alpha_lr}
-        if not self.correct:
-            return self.answer(*self.descend(match, labels, rng, surrogate.distance, extra=extra))
-        corrected = {"correct": surrogate.correct, "every": self.correct}
-        return self.answer(*self.descend(match, labels, rng, surrogate.distance, extra=extra, **corrected))
+        extra, correct = {self.alpha: self.alpha_lr}, surrogate.correct if self.correct else None
+        found = self.descend(match, labels, rng, surrogate.distance, extra=extra, correct=correct, every=self.correct)
+        return self.answer(*found)
 
 
 class Surrogate:

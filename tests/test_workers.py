@@ -1,6 +1,5 @@
 """Worker processes: called for when a command may want them, found wherever the user stands, and missed in one line."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import lines, only_run
 from tests.conftest import ROOT
 from utils import workers
 
@@ -36,7 +36,7 @@ def test_workers_are_called_for_by_commands_that_may_want_them(
 ) -> None:
     called: list[None] = []
     monkeypatch.setattr(workers, "context", lambda: called.append(None))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["main_grad.py", *flags.split()])
     workers.start_ahead()
     assert bool(called) == wanted
@@ -55,8 +55,9 @@ def test_a_folder_of_the_users_hides_nothing_from_workers(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers by /proc")
 def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "main_grad.py"), "dlg", *FLAGS, "--out", str(tmp_path)]
-    run = subprocess.Popen([*command, "--iterations", "100000"], stderr=subprocess.PIPE, text=True, env=_without_path())
+    long = ["--iterations", "1500", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "main_grad.py"), "dlg", *FLAGS, *long]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_without_path())
     deadline = time.monotonic() + 60
     while len(found := _grandchildren(run.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -67,10 +68,9 @@ def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tmp_path: Path) 
         "error: a worker died (out of memory?); the same command goes on, --jobs 1 needs less"
     ]
     assert "Traceback" not in error
-    done = subprocess.run([*command, "--iterations", "3"], capture_output=True, text=True, env=_without_path())
+    done = subprocess.run(command, capture_output=True, text=True, env=_without_path())
     assert done.returncode == 0, done.stderr
-    trials = next(p for p in tmp_path.glob("grad/dlg/*/done")).parent / "trials.jsonl"
-    assert sorted(json.loads(line)["trial"] for line in trials.read_text().splitlines()) == [0, 1, 2]
+    assert sorted(trial["trial"] for trial in lines(only_run(tmp_path) / "trials.jsonl")) == [0, 1, 2]
 
 
 def _without_path() -> dict[str, str]:

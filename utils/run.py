@@ -11,7 +11,6 @@ import functools
 import gc
 import hashlib
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from utils import cli, report
 from utils.backends import Attacked, Listener, Shared, check_ray, here, local, on_ray
 from utils.evaluator import Evaluator, Lpips, summarise
 from utils.results import Store, digest, source_digest
+from utils.workers import cores
 
 ROOMS = ("attacks", "data", "defenses", "federated", "models", "utils")
 PUBLIC_MOST = 5000  # public images a server keeps at hand, fewer if they are large
@@ -147,15 +147,14 @@ class Scene:
         """Worker processes, or 1 for none."""
         if self.attack.instant:
             return 1
-        cores = _cores()
-        wanted = self.run.jobs or (1 if self.device.type == "cuda" else max(1, cores // self.threads))
+        wanted = self.run.jobs or (1 if self.device.type == "cuda" else max(1, cores() // self.threads))
         return min(wanted, self.run.trials)
 
     @property
     def threads(self) -> int:
         """CPU threads of a trial."""
         alone = self.run.trials == 1 and sum(p.numel() for p in self.model.parameters()) > LARGE
-        return self.run.threads or (_cores() if alone else 1)
+        return self.run.threads or (cores() if alone else 1)
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -363,11 +362,6 @@ def _attack_stream(seed: int, purpose: str, trial: int) -> torch.Generator:
 
 
 # --- small matters -----------------------------------------------------------------------------------------------
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str) -> torch.device:

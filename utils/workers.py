@@ -21,9 +21,14 @@ from utils.cli import ROOT
 ALONE = re.compile(r"(^|\s)(-h|--help|--(jobs|trials)[ =]1|--backend[ =]ray)(\s|$)")
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_ahead() -> None:
     """The server, for a command line that may want workers."""
-    if len(sys.argv) > 1 and not ALONE.search(" ".join(sys.argv[1:])) and (os.cpu_count() or 1) > 1:
+    if len(sys.argv) > 1 and not ALONE.search(" ".join(sys.argv[1:])) and cores() > 1:
         context()
 
 
