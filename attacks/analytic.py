@@ -1,34 +1,28 @@
-"""The image in a biased first layer. Phong, Aono, Hayashi, Wang, Moriai, IEEE TIFS 2018. https://eprint.iacr.org/2017/715
+"""The input of a first layer with bias. Phong, Aono, Hayashi, Wang, Moriai, IEEE TIFS 2018.
 
-    x = (dL/dW_k) / (dL/db_k)            for every neuron k that one image alone has reached
+https://eprint.iacr.org/2017/715      x = (dL/dW_k) / (dL/db_k)      for every neuron k that x alone has activated
 
-Of a single image every neuron says so. Of a batch, an ordinary ReLU layer tells the images that are alone on a neuron,
-to a server that changed nothing.
+With one example this holds for every neuron. In a batch, an ordinary ReLU layer reveals the examples that are alone on
+some neuron, to a server that changes nothing.
 """
 
 import torch
-from torch import Tensor, nn
 
 from attacks.base import Attack, register
-from attacks.linear import alone_on_a_neuron, divide_rows, require_pixel_layer
-from federated.wire import Observation, Recipe, Reconstruction, Task
+from attacks.linear.layer import invert_rows, require_pixel_layer
+from core.protocol import Observation, Reconstruction
 
 
 @register("analytic")
 class Analytic(Attack):
-    """Weight gradient over bias gradient of a fully connected first layer: what it leaks without any malice."""
+    """Weight gradient over bias gradient of a fully connected first layer."""
 
-    paper = "Phong et al.: Privacy-Preserving Deep Learning via Additively Homomorphic Encryption. TIFS 2018"
+    citation = "Phong et al.: Privacy-Preserving Deep Learning via Additively Homomorphic Encryption. TIFS 2018"
+    link = "https://eprint.iacr.org/2017/715"
     threat = "honest-but-curious"
-    instant = True
-    wants_model = "fc2"
+    requires = frozenset({"pixel_layer", "pixel_layer_bias"})
+    is_analytic = True  # type: ignore[assignment]
+    example_model = "fc2"
 
-    def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
-        super().check(model, task, recipe, kind, num_examples)
-        require_pixel_layer("analytic", model, task, bias=True)
-
-    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor:
-        return alone_on_a_neuron(require_pixel_layer("analytic", model, task), task.to_model(images))
-
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        return divide_rows(seen, require_pixel_layer("analytic", seen.model, seen.task, bias=True))
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        return invert_rows(observation, require_pixel_layer(observation.model, observation.task, self.name))

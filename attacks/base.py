@@ -1,175 +1,178 @@
-"""The contract every attack signs, and the registry it signs into.
+"""The interface of every attack, and the registry of attacks.
 
-An attack is a frozen dataclass: its fields are the paper's hyperparameters, the flags of the command line and the
-row in config.json, all at once. Adding one takes a file in this folder with a class under `@register("name")`, and
-its shell files.
+An attack is a frozen dataclass whose fields are the paper's hyperparameters; they are its constructor's arguments, its
+command-line flags and a part of config.json. A new attack is a file of this folder with a class under
+`@register("name")`, and a shell file for each mode.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
-from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, Update, UsageError
-from utils.cli import settings
+from core.errors import UsageError
+from core.hyperparameters import hyperparameters
+from core.protocol import Batch, Kind, Observation, Recipe, Reconstruction, Task, Update, by_name, image_task
+from core.registry import Registry
+from models.inspection import require
 
-REGISTRY: dict[str, type["Attack"]] = {}
-
+Threat = Literal["honest-but-curious", "malicious-parameters", "malicious-architecture"]
 A = TypeVar("A", bound="type[Attack]")
-R = TypeVar("R")
+
+ATTACKS: Registry[type["Attack"]] = Registry("attack", package="attacks")
 
 
 class Attack(ABC):
-    """What a server does with an update it received."""
+    """What a server does with an update it received.
 
-    name: ClassVar[str]  # of its command line and result folders; `register` sets it
-    paper: ClassVar[str]
-    threat: ClassVar[Literal["honest-but-curious", "malicious-parameters", "malicious-architecture"]]
-    max_images: ClassVar[int | None] = None  # the most private images behind one update the method can handle
-    instant: ClassVar[bool] = False  # answers in well under a second, so that no worker process pays
-    reads_adam: ClassVar[bool] = False  # makes sense of the update of a client that trained with Adam
-    names_labels: ClassVar[bool] = True  # False: says nothing of labels, not even those it is granted
-    wants_model: ClassVar[str] = "lenet"  # a model it applies to, for whoever wants to see it run
+    threat: what the server is assumed to do. requires: names of `models.inspection.REQUIREMENTS`, and "public" for
+    public examples. paper: field name -> (the authors' value, its source), where it differs from our default.
+    """
+
+    name: ClassVar[str]  # set by `register`
+    citation: ClassVar[str]
+    link: ClassVar[str] = ""
+    threat: ClassVar[Threat]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    paper: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+    supports_adam: ClassVar[bool] = False  # applies to updates of clients that train with Adam
+    returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
+    example_model: ClassVar[str] = "lenet"  # a model of the zoo it applies to
+
+    @property
+    def is_analytic(self) -> bool:
+        """Whether a reconstruction takes well under a second, so that worker processes do not pay."""
+        return False
+
+    def requirements(self) -> frozenset[str]:
+        """What this instance requires: `requires`, unless hyperparameters change it."""
+        return self.requires
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
-        """Refuse, with a UsageError of one line, what the attack does not apply to. Called before anything runs."""
-        if self.max_images is not None and num_examples > self.max_images:
+        """Raise UsageError if the attack does not apply. Called before anything runs."""
+        if kind == "delta" and recipe.optimizer == "adam" and not self.supports_adam:
             raise UsageError(
-                f"{type(self).__name__} rebuilds at most {self.max_images} image(s) from an update, not "
-                f"{num_examples}: lower --batch-size (or --client-images), or choose an attack for batches"
+                f"{self.name} divides gradients by one another, and an Adam client sends none: choose "
+                "`client_optimizer=sgd`, or an attack that matches updates, such as ig_single"
             )
-        if kind == "delta" and recipe.optimizer == "adam" and not self.reads_adam:
-            raise UsageError(
-                f"{type(self).__name__} divides gradients by one another, and Adam sends none: "
-                "--client-optimizer sgd, or an attack that matches updates, such as ig_single"
-            )
+        require(model, task, self.requirements(), self.name)
 
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:
-        """The model as a malicious server would broadcast it; an honest one returns it as it is.
+        """The model as a malicious server broadcasts it; an honest server returns it unchanged.
 
-        Called before every broadcast, so it has to cope with a model it has already prepared. `recipe` is the training
-        about to be ordered (None: one gradient, of a batch like any).
+        Called before every broadcast, so it must accept a model it has already prepared. `recipe` is the training
+        about to be ordered (None: one gradient).
         """
         return model
 
-    def prepare(self, task: Task, public: Batch, about: Mapping[str, Any]) -> None:
-        """Make or find what serves all trials and takes long, such as a trained generator.
+    def prepare(self, task: Task, public: Batch, metadata: Mapping[str, Any]) -> None:
+        """Make or find what all trials share and what takes long, such as a trained generator.
 
-        Called once, by the main process, before anything is written. `about` says of what run, for what is kept.
-        Raises UsageError for something that does not fit these public images.
+        Called once, by the main process, before anything is written. `metadata` (data set, commit) is stored with
+        whatever this builds. Raises UsageError for something that does not fit these public examples.
         """
-        return None
+        return
 
-    def companion(self, kind: str) -> "Attack | None":
-        """An attack on the same updates, of this kind, whose score stands beside this one's."""
-        return None
-
-    def floor(self, task: Task, public: Batch, truth: Batch) -> Tensor | None:
-        """Images (N, C, H, W): what its search would end at, had it seen the true ones; for scoring only."""
-        return None
-
-    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor | None:
-        """(N,) which of the true images (N, C, H, W) the method can tell apart at all, if it knows; for scoring only.
-
-        The evaluator's side calls it, with the model as broadcast. An attack that answers has the number of its
-        candidates and their control scored too: how many unrelated images they would pass for.
-        """
+    def comparison_attack(self, kind: str) -> "Attack | None":
+        """Another attack, run on the same updates, whose score is reported beside this one's."""
         return None
 
     @abstractmethod
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        """Rebuild the private images. Same inputs, same answer; nothing is written on `seen`."""
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        """Rebuild the private examples. Equal inputs give equal results; `observation` is not changed."""
+
+    @final
+    def __call__(
+        self,
+        model: nn.Module,
+        gradients: Mapping[str, Tensor] | Iterable[Tensor],
+        *,
+        input_shape: tuple[int, int, int] | None = None,
+        task: Task | None = None,
+        num_examples: int | None = None,
+        labels: Tensor | None = None,
+        public: Batch | tuple[Tensor, Tensor] | None = None,
+        recipe: Recipe | None = None,
+        kind: Kind = "gradient",
+        seed: int = 0,
+    ) -> Reconstruction:
+        """Attack one update of `model`: `IGSingle(iterations=300)(model, gradients, input_shape=(3, 32, 32))`.
+
+        Args:
+            model: the network as it was broadcast. It is not changed.
+            gradients: dL/dW by parameter name, or in the order of `model.parameters()`. With kind "delta" the change
+                of the weights, before minus after.
+            input_shape: (C, H, W) of images with pixels in [0, 1] that the model takes as they are.
+            task: instead of `input_shape`, the whole task: domain (normalisation, other kinds of data) and classes.
+            num_examples: how many examples are behind the update; default: as many as `labels`, else 1.
+            labels: (N,) int64, if the attacker knows them. Otherwise they are inferred.
+            public: auxiliary (examples, labels) that do not contain the private ones.
+            recipe: the client's training; default: one step on all examples in eval mode.
+            kind: "gradient" or "delta".
+            seed: of the attack's random numbers.
+
+        Returns:
+            A `Reconstruction`: `images` (N, C, H, W) in [0, 1], `labels` (N,), `trace`, `status`.
+
+        Raises:
+            UsageError: the attack does not apply; the message names the argument.
+        """
+        task = task or _infer_task(model, input_shape)
+        named = gradients if isinstance(gradients, Mapping) else by_name(model, _counted(model, gradients))
+        count = num_examples or (1 if labels is None else len(labels))
+        if labels is not None and len(labels) != count:
+            raise UsageError(f"`labels` holds {len(labels)} labels for `num_examples={count}`")
+        update = Update(kind, {name: t.detach() for name, t in named.items()}, count)
+        update.ordered(model)
+        recipe = recipe or Recipe(batch_size=count)
+        if public is None and "public" in self.requirements():
+            raise UsageError(f"{self.name} needs public examples of the same kind: pass `public=(examples, labels)`")
+        self.check(model, task, recipe, kind, count)
+        granted = {} if labels is None else {"labels": labels.to(update.device)}
+        public = None if public is None else Batch(*public)
+        observation = Observation(task, recipe, model, update, public, granted)
+        return self.reconstruct(observation, torch.Generator().manual_seed(seed))
 
 
 def register(name: str) -> Callable[[A], A]:
-    """Enter an attack under the name its command line and result folders carry."""
+    """Enter an attack under the name of its command line and result folders."""
 
     def enter(cls: A) -> A:
-        assert name not in REGISTRY, f"two attacks called {name}"
-        assert cls.paper and cls.threat, f"{name} names no paper or no threat model"
+        assert cls.citation and cls.threat, f"{name} names no citation or no threat model"
         cls.name = name
-        REGISTRY[name] = settings(cls)
-        return REGISTRY[name]
+        decorated = hyperparameters(cls)
+        ATTACKS.add(name, decorated)
+        return decorated
 
     return enter
 
 
-def discover() -> dict[str, type[Attack]]:
-    """Import every module of this folder, and return the attacks they registered."""
-    import attacks
-
-    for module in pkgutil.iter_modules(attacks.__path__):
-        importlib.import_module(f"attacks.{module.name}")
-    return REGISTRY
-
-
-def expect_update(update: Update, model: nn.Module) -> None:
-    """The joint between wire and attack: an update has one tensor per parameter, of its shape."""
-    shapes = [tuple(p.shape) for p in model.parameters()]
-    received = [tuple(t.shape) for t in update.tensors]
-    assert shapes == received, f"update {received} does not fit the model {shapes}"
-
-
-class Progress:
-    """Where an attack says how far it is, and whoever runs it listens. It carries nothing back."""
-
-    def __init__(self) -> None:
-        self.listener: Callable[[int, int, float], None] = lambda iteration, total, loss: None
-
-    def __call__(self, iteration: int, total: int, loss: float) -> None:
-        self.listener(iteration, total, loss)
+def _infer_task(model: nn.Module, input_shape: tuple[int, int, int] | None) -> Task:
+    """An image task with the number of classes that the model has outputs for."""
+    if input_shape is None:
+        raise UsageError("pass `input_shape=(C, H, W)`, or a `task`")
+    parameter = next(model.parameters())
+    training = model.training
+    with torch.no_grad():
+        try:
+            outputs = model.eval()(parameter.new_zeros(1, *input_shape))
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"`input_shape={input_shape}` does not fit the model: {reason}") from None
+        finally:
+            model.train(training)
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        raise UsageError("the model must return logits of shape (N, num_classes)")
+    return image_task(input_shape, outputs.shape[1])
 
 
-progress = Progress()
-
-
-class Checkpoint:
-    """Where a long attack puts its state down now and then, and takes it up again after a kill.
-
-    Whoever runs the attack keeps the states; with no keeper nothing is saved, and nothing is ever restored. An attack
-    is a sequence of stretches, each from a random stream to a dataclass: those that have ended are remembered by what
-    they returned, the one under way by what it last saved. States are tensors, numbers, strings, and lists, tuples
-    and dictionaries of them.
-    """
-
-    def __init__(self) -> None:
-        self.attend(None, lambda: False, lambda state: None)
-
-    def attend(
-        self, saved: Mapping[str, Any] | None, due: Callable[[], bool], keep: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """For the attack about to start: the state it was last left in, whether it is time to save, and where to."""
-        self._ended: list[tuple[dict[str, Any], Tensor]] = list(saved["ended"]) if saved else []
-        self._open: tuple[dict[str, Any], Tensor] | None = saved["open"] if saved else None
-        self._number, self.due, self._keep = 0, due, keep
-
-    def stretch(self, kind: type[R], rng: torch.Generator, work: Callable[[], R]) -> R:
-        """`work()`, a dataclass of type `kind`, or what it returned before the kill; `rng` moves on all the same."""
-        self._number += 1
-        if self._number <= len(self._ended):
-            fields, stream = self._ended[self._number - 1]
-            rng.set_state(stream.cpu())
-            return kind(**fields)
-        result = work()
-        self._ended.append((dict(vars(result)), rng.get_state()))
-        self._open = None
-        return result
-
-    def resume(self, rng: torch.Generator) -> dict[str, Any] | None:
-        """What the stretch under way last saved before the kill, with `rng` as it was then; None from the start."""
-        if self._open is None:
-            return None
-        (state, stream), self._open = self._open, None
-        rng.set_state(stream.cpu())
-        return state
-
-    def save(self, rng: torch.Generator, state: dict[str, Any]) -> None:
-        """A place to go on from. Call it when `due()`, between two steps of a stretch."""
-        self._keep({"ended": self._ended, "open": (state, rng.get_state())})
-
-
-checkpoint = Checkpoint()
+def _counted(model: nn.Module, gradients: Iterable[Tensor]) -> list[Tensor]:
+    """`gradients` as a list, if there is one for each parameter."""
+    found, expected = list(gradients), len(list(model.parameters()))
+    if len(found) != expected:
+        raise UsageError(f"`gradients` holds {len(found)} tensors, and the model has {expected} parameters")
+    if missing := [i for i, g in enumerate(found) if g is None]:
+        raise UsageError(f"`gradients` has None at position {missing[0]}: pass zeros for parameters without a gradient")
+    return found

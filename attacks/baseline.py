@@ -1,30 +1,32 @@
-"""The no-information line: what an attacker shows who never looks at the update.
+"""What an attacker scores who never looks at the update.
 
-Every image of the batch is guessed to be the mean public image. With labels granted it is the mean public image of
-the class, which is what a leaked label alone is worth. In federated mode the same command is plain FedAvg training,
-with accuracy per round in rounds.jsonl.
+Every example of the batch is guessed to be the mean public example. With labels granted it is the mean of the class,
+which is what a leaked label alone is worth. In federated mode the same command is plain FedAvg training, with the
+accuracy of each round in rounds.jsonl.
 """
 
 import torch
 
 from attacks.base import Attack, register
-from federated.wire import Observation, Reconstruction
+from core.protocol import Observation, Reconstruction
 
 
 @register("baseline")
 class Baseline(Attack):
-    """Mean public image. The line every score stands beside."""
+    """Mean public image: the score of an attacker who ignores the update."""
 
-    paper = "no attack: the mean public image"
+    citation = "no attack: the mean public image"
     threat = "honest-but-curious"
-    instant = True
-    reads_adam = True
+    requires = frozenset({"public"})
+    is_analytic = True  # type: ignore[assignment]
+    supports_adam = True
 
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        images, labels = seen.public
-        mean = images.mean(0)  # (C, H, W)
-        granted = seen.granted.get("labels")
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        assert observation.public is not None, "the baseline is a mean of public examples"
+        examples, labels = observation.public
+        mean = examples.mean(0)
+        granted = observation.granted.get("labels")
         if granted is None:
-            return Reconstruction(mean.expand(seen.update.num_examples, -1, -1, -1))
-        classes = [images[labels == y] for y in granted]
+            return Reconstruction(mean.expand(observation.update.num_examples, *mean.shape))
+        classes = [examples[labels == y] for y in granted]
         return Reconstruction(torch.stack([c.mean(0) if len(c) else mean for c in classes]), granted)

@@ -3,10 +3,10 @@ https://arxiv.org/abs/2206.12395
 
     X* = argmin_X  sum_l e^-l || Phi(X)_l - dW_l ||^2 + r / E^2 sum_{e,f} || g(X_e) - g(X_f) ||^2 + a TV(X)
 
-A client shuffles anew in every epoch, and the server does not know how: so each epoch e has images X_e of its own
-where Phi trains, and a prior that no order changes holds them together, g = the largest response among an epoch's
-images at every place and channel of a fixed random convolution. At the end the epochs' images are matched one to one
-and averaged. Restarts are chosen by the objective, where the authors' code takes the best PSNR.
+A client shuffles in every epoch, in an order that the server does not know. So each epoch e of the simulated training
+Phi has images X_e of its own, and a prior that does not depend on their order ties them: g is the largest response
+among an epoch's images at every place and channel of a fixed random convolution. At the end the epochs' images are
+matched one to one and averaged. Restarts are selected by the objective; the authors' code selects by PSNR.
 """
 
 import math
@@ -16,50 +16,65 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.base import register
-from attacks.common import Matching, SignedInversion
-from attacks.labels import settle_labels
-from federated.wire import Observation, Reconstruction
-from utils.cli import hp
+from attacks.labels.inference import infer_labels
+from attacks.matching.matcher import GradientMatcher
+from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
+from core.hyperparameters import hp
+from core.protocol import Observation, Reconstruction
 
 
 @register("dlf")
 class DLF(SignedInversion):
-    """Data Leakage in Federated Averaging: images for every epoch, tied by a prior that no order changes."""
+    """Data Leakage in Federated Averaging: images for every epoch, tied by a prior that ignores their order."""
 
-    paper = "Dimitrov, Balunović, Konstantinov, Vechev: Data Leakage in Federated Averaging. TMLR 2022"
+    citation = "Dimitrov, Balunović, Konstantinov, Vechev: Data Leakage in Federated Averaging. TMLR 2022"
+    link = "https://arxiv.org/abs/2206.12395"
+    paper = {
+        "iterations": (400, "authors' README"),
+        "signed": (False, "flax_losses.py"),
+        "tv": (2e-4, "authors' README"),
+        "layer_decay": (1.0, "att_exp_layers"),
+    }
 
-    iterations: int = hp(300, "steps at the most, of each run", least=1, paper=400, source="authors' README")
-    signed: bool = hp(True, "only the sign of the slope", paper=False, source="flax_losses.py")
-    tv: float = hp(0.6, "total-variation weight", least=0, paper=2e-4, source="authors' README")
-    order: float = hp(6.075, "weight r of the order-invariant prior", least=0, source="authors' README")
-    features: int = hp(96, "channels of its random 3x3 convolution", least=1, source="flax_losses.py")
-    layer_decay: float = hp(
-        0.0, "layer l of the distance weighs e^(-decay l)", least=0, paper=1.0, source="att_exp_layers"
-    )
+    order_prior: float = hp(6.075, "weight r of the order-invariant prior", ge=0, source="authors' README")
+    features: int = hp(96, "channels of the prior's random 3x3 convolution", ge=1, source="flax_losses.py")
+    layer_decay: float = hp(0.0, "decay d of the distance's layer weights e^(-d l)", ge=0)
 
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        n, recipe = seen.update.num_examples, seen.recipe
-        epochs = 1 if seen.update.kind == "gradient" else recipe.local_epochs
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        n, recipe, shape = observation.update.num_examples, observation.recipe, observation.task.domain.shape
+        epochs = 1 if observation.update.kind == "gradient" else recipe.local_epochs
         per_epoch = recipe.steps(n) // recipe.local_epochs
         batches = [batch + n * (step // per_epoch) for step, batch in enumerate(recipe.batches(n))]
-        match = Matching(seen, "unrolled", batches)
-        labels = settle_labels(match.mean_gradient, seen, rng)
-        kernel = torch.randn(self.features, seen.task.image_shape[0], 3, 3, generator=rng).to(match.target[0])
+        matcher = GradientMatcher(observation, "unrolled", batches, fast_convs=True, precision=self.precision)
+        labels = infer_labels(matcher.mean_gradient, observation, rng)
+        kernel = torch.randn(self.features, shape[0], 3, 3, generator=rng).to(matcher.target[0])
         kernel /= kernel[0].numel() ** 0.5
-        weights = [math.exp(-self.layer_decay * (i // 2)) for i in range(len(match.target))]
-        scale = sum(w * t.square().sum() for w, t in zip(weights, match.target, strict=True))
+        objective = EpochObjective(matcher, kernel, epochs, self.order_prior, self.layer_decay)
+        best, iterations = self.descend(objective, labels, rng, copies=epochs)
+        return self.to_reconstruction(best, iterations, consensus(best.examples.view(epochs, n, *shape)))
 
-        def cost(pixels: Tensor, labels: Tensor) -> Tensor:
-            triples = zip(weights, match.simulate(pixels, labels), match.target, strict=True)
-            distance = sum(w * (ours - its).square().sum() for w, ours, its in triples) / scale
-            if epochs == 1 or not self.order:
-                return distance
-            responses = F.conv2d(pixels, kernel, padding=1).view(epochs, n, -1).amax(1)  # (E, features * H * W)
-            # mean over all pairs of epochs of |a - b|^2 is twice the variance
-            return distance + self.order * 2 * responses.var(0, correction=0).mean()
 
-        best, iterations = self.descend(match, labels, rng, cost, copies=epochs)
-        return self.answer(best, iterations, consensus(best.pixels.view(epochs, n, *seen.task.image_shape)))
+class EpochObjective(MatchingObjective):
+    """DLF's objective without total variation, on the images of all epochs (E * N, C, H, W)."""
+
+    def __init__(
+        self, matcher: GradientMatcher, kernel: Tensor, epochs: int, order_prior: float, layer_decay: float
+    ) -> None:
+        super().__init__(matcher)
+        self.kernel, self.epochs, self.order_prior = kernel, epochs, order_prior
+        self.weights = [math.exp(-layer_decay * (i // 2)) for i in range(len(matcher.target))]
+        self.scale = sum(w * t.square().sum() for w, t in zip(self.weights, matcher.target, strict=True))
+
+    def distance(self, examples: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
+        ours = self.matcher.simulate(examples, labels, *extra)
+        triples = zip(self.weights, ours, self.matcher.target, strict=True)
+        distance = sum(w * (a - b).square().sum() for w, a, b in triples) / self.scale
+        if self.epochs == 1 or not self.order_prior:
+            return distance
+        responses = F.conv2d(examples, self.kernel, padding=1)
+        largest = responses.view(self.epochs, len(examples) // self.epochs, -1).amax(1)  # (E, features * H * W)
+        # the mean over all pairs of epochs of |a - b|^2 is twice the variance
+        return distance + self.order_prior * 2 * largest.var(0, correction=0).mean()
 
 
 def consensus(epochs: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     x*, y* = argmin_{x, y}  || dL(F(x; W), softmax(y))/dW - g* ||^2          (summed over all layers)
 
-Images and label logits are optimised together by L-BFGS. Needs an activation that can be differentiated twice:
-with ReLU the objective's curvature is zero almost everywhere.
+Examples and label logits are optimised together by L-BFGS. The activation should be twice differentiable: with ReLU
+the curvature of the objective is zero almost everywhere.
 """
 
 from typing import Literal
@@ -13,36 +13,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.base import register
-from attacks.common import LbfgsInversion, Matching
-from attacks.labels import guess_labels
-from federated.wire import Observation, Reconstruction
-from utils.cli import hp
+from attacks.labels.inference import labels_from_bias
+from attacks.matching.lbfgs_inversion import LbfgsInversion
+from attacks.matching.matcher import GradientMatcher
+from core.hyperparameters import hp
+from core.protocol import Observation, Reconstruction
 
 
 @register("dlg")
 class DLG(LbfgsInversion):
-    """Deep Leakage from Gradients: pixels and labels together, by L-BFGS on the squared gradient distance."""
+    """Deep Leakage from Gradients: examples and labels together, by L-BFGS on the squared gradient distance."""
 
-    paper = "Zhu, Liu, Han: Deep Leakage from Gradients. NeurIPS 2019"
+    citation = "Zhu, Liu, Han: Deep Leakage from Gradients. NeurIPS 2019"
+    link = "https://arxiv.org/abs/1906.08935"
+    paper = {"label_init": ("normal", "authors' main.py")}
 
-    label_start: Literal["inferred", "normal"] = hp(
-        "inferred", "logits start at the labels the bias gradient suggests, or at N(0, 1)", paper="normal"
+    label_init: Literal["inferred", "normal"] = hp(
+        "inferred", "start of the label logits: the labels that the bias gradient suggests, or N(0, 1)"
     )
 
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        match = Matching(seen, self.reading)
-        granted = seen.granted.get("labels")
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        matcher = GradientMatcher(observation, self.update_model)
+        granted = observation.granted.get("labels")
         if granted is not None:
-            return self.invert(match, rng, labels=granted)
+            return self.invert(matcher, rng, labels=granted)
 
         def logits(run: int) -> Tensor:
-            noise = torch.randn(match.count, seen.task.num_classes, generator=rng)
-            if self.label_start == "normal":
+            noise = torch.randn(matcher.num_examples, observation.task.num_classes, generator=rng)
+            if self.label_init == "normal":
                 return noise
-            guess = guess_labels(match.mean_gradient, seen)
-            # a stalled run may have been led astray by the guess: every other start does without it
-            if guess is None or run % 2:
+            labels = labels_from_bias(matcher.mean_gradient, observation)
+            # a failed run may have been misled by these labels: every other run starts without them
+            if labels is None or run % 2:
                 return 0.1 * noise
-            return 5.0 * F.one_hot(guess, seen.task.num_classes).to(noise)
+            return 5.0 * F.one_hot(labels, observation.task.num_classes).to(noise)
 
-        return self.invert(match, rng, logits=logits)
+        return self.invert(matcher, rng, logits=logits)

@@ -2,8 +2,8 @@
 
     z* = argmin_z D( g(G_w(z, y)), g* ) + r R(z),     w* = argmin_w D( g(G_w(z*, y)), g* ),     x* = G_w*(z*, y)
 
-First the latent, then the generator's own weights, which leads to images that no latent has. What holds them is only
-where they started and how they are made, so under noise they follow the noise.
+First the latent, then the generator's own weights, which reaches images that no latent has. Only the start and the
+architecture restrain these, so under noise the images follow the noise.
 """
 
 import copy
@@ -11,43 +11,48 @@ from typing import Literal
 
 import torch
 
-from attacks.base import checkpoint, register
-from attacks.common import Matching, put
-from attacks.labels import settle_labels
-from attacks.latent import Found, LatentInversion, descend
-from federated.wire import Observation, Reconstruction
-from utils.cli import hp
+from attacks.base import register
+from attacks.matching.latent import LatentInversion, Search
+from attacks.optim.adam import Adam
+from attacks.optim.loop import Function, Phase, copy_, descend
+from attacks.optim.tracker import current_tracker
+from core.hyperparameters import hp
+from core.protocol import Observation, Reconstruction
 
 
 @register("gias")
 class GIAS(LatentInversion):
     """Gradient Inversion with Generative Image Prior: a latent of a trained generator, then its weights."""
 
-    paper = "Jeon, Kim, Lee, Oh, Ok: Gradient Inversion with Generative Image Prior. NeurIPS 2021"
+    citation = "Jeon, Kim, Lee, Oh, Ok: Gradient Inversion with Generative Image Prior. NeurIPS 2021"
+    link = "https://arxiv.org/abs/2110.14962"
 
-    generator: Literal["vae", "wgan"] = hp("vae", "G, trained on public images: in minutes (vae), or in hours (wgan)")
-    weight_iterations: int = hp(200, "Adam steps on G's weights", least=1)
-    weight_lr: float = hp(1e-3, "Adam's step on G's weights, falling linearly", above=0)
+    generator: Literal["vae", "wgan"] = hp(
+        "vae", "generator G, trained on public images: in minutes (vae) or in hours (wgan)"
+    )
+    weight_iterations: int = hp(200, "Adam steps on G's weights", ge=1, smoke=3)
+    weight_lr: float = hp(1e-3, "Adam step on G's weights, falling linearly to zero", gt=0)
 
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        match = Matching(seen, self.reading)
-        labels = settle_labels(match.mean_gradient, seen, rng)
-        prior = copy.deepcopy(self.belief(seen.public, seen.task.num_classes))
-        z, trace, evaluations = self.search(match, prior, labels, rng)
-        score, weights = self.score(match, prior, labels), list(prior.requires_grad_().parameters())
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        matcher, labels, generator = self.start(observation, rng)
+        generator = copy.deepcopy(generator)
+        (z, *unknowns), trace, evaluations = self.search(matcher, generator, labels, rng)
+        objective = self.objective(matcher, generator, labels)
+        weights = list(generator.requires_grad_().parameters())
 
-        def move() -> Found:
-            def lr(share: float) -> float:
-                return self.weight_lr * (1 - share)
+        def move_weights() -> Search:
+            phase = Phase(
+                lambda i: [self.weight_lr * (1 - i / self.weight_iterations)] * len(weights), self.weight_iterations
+            )
+            function = Function(lambda *_: objective(generator.decode(z, labels), z, *unknowns))
+            return Search.of(descend(weights, function, Adam(weights), [phase], rng))
 
-            return descend(weights, lambda: score(prior.decode(z, labels), z), self.weight_iterations, lr, rng)
-
-        moved = checkpoint.stretch(Found, rng, move)
-        put(weights, moved.values)
+        moved = current_tracker().run_segment(Search, rng, move_weights)
+        copy_(weights, moved.values)
         with torch.no_grad():
-            images = prior.decode(z, labels)
+            images = generator.decode(z, labels)
         return Reconstruction(
-            images=images,
+            examples=images,
             labels=labels,
             trace=trace + moved.trace,
             iterations=evaluations + len(moved.trace),

@@ -2,98 +2,153 @@
 
     x* = argmin_{x, a}  1 - cos( dL(F(x; w^), y)/dw^,  W_t - W_t+1 ) + b TV(x),      w^ = a W_t + (1 - a) W_t+1
 
-The local steps run from W_t to W_t+1, and at some point between the two the gradient of all images points along the
-whole way. Where that point lies is learned with the pixels: one gradient for each iteration, whatever T is. A
-gradient on the wire leaves nothing to learn, and the attack is Inverting Gradients.
+The local steps lead from W_t to W_t+1, and at some model between the two the gradient of all examples points along the
+whole way. Where it lies is learned with the examples: one gradient per iteration, whatever T is. For a gradient update
+nothing is left to learn, and the attack is Inverting Gradients.
 
-Clients bend off the straight line, and there no choice of points explains the update: at the true images the distance
-stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. Our default corrects the surrogate (defect
-correction, Stetter 1978). Every few iterations the guess x' goes through the client's own local steps, without a way
-back; what the surrogate says otherwise is taken off what it says until the next time:
+The clients' path is curved, and then no model on the straight line explains the update: at the true examples the
+distance stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. By default, and unlike the paper, we
+correct the surrogate (defect correction, Stetter 1978): every few iterations the guess x' goes through the client's
+own local steps, without derivatives, and the difference is subtracted until the next correction:
 
     x* = argmin_{x, a}  1 - cos( s(x, a) - e, W_t - W_t+1 ),      e = s(x', a') - u(x')
 
-with s the surrogate's gradient and u the client's update, both scaled to go all the way. Where guesses come to rest
-s - e is u: the objective is that of the unrolled attack, for one gradient with a slope in each iteration.
+with s the surrogate's gradient and u the client's update, both rescaled to the length of the observed update. At a
+fixed point s - e = u, so the objective equals the unrolled attack's, while each iteration differentiates through one
+gradient only.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attacks.base import register
-from attacks.common import TINY, Matching, SignedInversion, cosine_distance, inner, inner_and_square, note_adam
-from attacks.labels import settle_labels
-from federated.wire import Observation, Recipe, Reconstruction, Task
-from utils.cli import hp
+from attacks.labels.inference import infer_labels
+from attacks.matching.distances import TINY, cosine_distance, inner, inner_and_square
+from attacks.matching.matcher import GradientMatcher, note_adam
+from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
+from attacks.optim.loop import State
+from core.hyperparameters import hp
+from core.protocol import Observation, Recipe, Reconstruction, Task
+from defenses.base import Variable
 
 
 @register("sme")
 class SME(SignedInversion):
-    """Surrogate Model Extension: cosine distance at models between the one broadcast and the one returned."""
+    """Surrogate Model Extension: cosine distance at a model between the one broadcast and the one returned."""
 
-    paper = "Zhu, Yao, Blaschko: Surrogate Model Extension. ICML 2023"
+    citation = "Zhu, Yao, Blaschko: Surrogate Model Extension. ICML 2023"
+    link = "https://arxiv.org/abs/2306.00127"
+    paper = {
+        "iterations": (5000, "run_experiment.py"),
+        "lr": (1e-3, "run_experiment.py"),
+        "tv": (1e-4, "run_experiment.py"),
+        "correction_interval": (0, "as published"),
+        "alpha_lr": (1e-3, "run_experiment.py"),
+    }
 
-    iterations: int = hp(300, "steps at the most, of each run", least=1, paper=5000, source="run_experiment.py")
-    lr: float = hp(0.1, "Adam's step in the model's units", above=0, paper=1e-3, source="run_experiment.py")
-    tv: float = hp(0.6, "total-variation weight", least=0, paper=1e-4, source="run_experiment.py")
-    correct: int = hp(5, "iterations from one correction to the next; 0: none, as published", least=0, paper=0)
-    alpha: float = hp(0.5, "share of W_t in the surrogate at the start", least=0, most=1)
-    alpha_lr: float = hp(0.0, "Adam's step for it; 0: it stays", least=0, paper=1e-3, source="run_experiment.py")
+    correction_interval: int = hp(5, "iterations between two corrections of the surrogate; 0: none", ge=0)
+    alpha: float = hp(0.5, "share of W_t in the surrogate at the start", ge=0, le=1)
+    alpha_lr: float = hp(0.0, "Adam step of that share; 0: it stays", ge=0)
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
         note_adam(recipe, kind)
 
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        several = seen.update.kind == "delta" and seen.recipe.steps(seen.update.num_examples) > 1
-        match = Matching(seen, "unrolled" if several and self.correct else "average")
-        labels = settle_labels(match.mean_gradient, seen, rng)
-        if not several:
-            return self.answer(*self.descend(match, labels, rng, match.cosine_distance))
-        match.hasten(match.count)
-        surrogate = Surrogate(match, seen.update.tensors)
-        extra, correct = {self.alpha: self.alpha_lr}, surrogate.correct if self.correct else None
-        found = self.descend(match, labels, rng, surrogate.distance, extra=extra, correct=correct, every=self.correct)
-        return self.answer(*found)
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        update = observation.update
+        several = update.kind == "delta" and observation.recipe.steps(update.num_examples) > 1
+        update_model = "unrolled" if several and self.correction_interval else "single_step"
+        matcher = GradientMatcher(observation, update_model, fast_convs=True, precision=self.precision)
+        labels = infer_labels(matcher.mean_gradient, observation, rng)
+        objective = MatchingObjective(matcher)
+        if several:
+            corrections = range(self.iterations // 10, self.iterations, self.correction_interval or self.iterations)
+            delta = update.ordered(observation.model)
+            objective = Surrogate(
+                matcher, delta, self.alpha, self.alpha_lr, corrections if self.correction_interval else range(0)
+            )
+        return self.to_reconstruction(*self.descend(objective, labels, rng))
 
 
-class Surrogate:
-    """One model between the one broadcast and the one returned, in whose place clients are taken to have trained."""
+class Surrogate(MatchingObjective):
+    """The cosine distance at one model between the one broadcast and the one returned, corrected now and then.
 
-    def __init__(self, match: Matching, delta: Sequence[Tensor]) -> None:
-        self.match, self.delta = match, match.meta.laid_out(delta)
-        self.length = inner(match.target, match.target)
-        self.error: list[Tensor] | None = None
+    `corrections` are the iterations at which the surrogate is corrected at the current guess.
+    """
 
-    def distance(self, pixels: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
-        """1 - cos to what was sent, of the gradient at `alpha` W_t + (1 - `alpha`) W_t+1 as it was last corrected."""
-        said = self._says(pixels, labels, alpha)
+    def __init__(
+        self, matcher: GradientMatcher, delta: Sequence[Tensor], alpha: float, alpha_lr: float, corrections: range
+    ) -> None:
+        super().__init__(matcher)
+        self.delta = matcher.meta.to_memory_format(delta)
+        self.alpha = Variable(torch.tensor(alpha), alpha_lr, lambda value: value.clamp(0, 1))
+        self.corrections = corrections
+        self.target_norm_sq = inner(matcher.target, matcher.target)
+        self.start()
+
+    @property
+    def variables(self) -> tuple[Variable, ...]:
+        return (self.alpha, *self.matcher.counter.variables)
+
+    @property
+    def changes(self) -> bool:
+        return len(self.corrections) > 0
+
+    def distance(self, examples: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
+        """1 - cos between the update and the gradient at alpha W_t + (1 - alpha) W_t+1, as it was last corrected."""
+        gradient = self._gradient(examples, labels, *extra)
         if self.error is not None:
-            said = [s - e for s, e in zip(self._whole(said), self.error, strict=True)]
-        return cosine_distance(said, self.match.target)
+            gradient = tuple(s - e for s, e in zip(self._rescaled(gradient), self.error, strict=True))
+        return cosine_distance(gradient, self.matcher.target)
+
+    def start(self) -> None:
+        self.error: list[Tensor] | None = None
+        self.corrected_at: tuple[Tensor, ...] | None = None  # the variables at the last correction
+
+    def prepare(self, state: State) -> None:
+        if len(state.trace) in self.corrections:
+            state.best = float("inf")
+            self.correct(*(v.detach().clone() for v in state.variables))
+
+    def finish(self, x: Tensor, *extra: Tensor) -> None:
+        if self.corrections:
+            self.correct(x, *extra)
 
     @torch.no_grad()
-    def correct(self, pixels: Tensor | None, labels: Tensor, *alpha: Tensor) -> None:
-        """From here on nothing is wrong at these pixels; None: forget what was."""
+    def correct(self, x: Tensor, *extra: Tensor) -> None:
+        """Make the surrogate exact at the model's inputs `x`."""
+        assert self.labels is not None
+        self.corrected_at = (x, *extra)
+        examples = self.matcher.task.domain.from_model(x)
         self.error = None
-        if pixels is not None:
-            pairs = zip(
-                self._whole(self._says(pixels, labels, *alpha)),
-                self._whole(self.match.simulate(pixels, labels)),
-                strict=True,
-            )
-            self.error = [said - sent for said, sent in pairs]
+        surrogate = self._rescaled(self._gradient(examples, self.labels, *extra))
+        client = self._rescaled(self.matcher.simulate(examples, self.labels, *extra[1:]))
+        self.error = [s - u for s, u in zip(surrogate, client, strict=True)]
 
-    def _says(self, pixels: Tensor, labels: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
-        match = self.match
-        between = [w - (1 - alpha) * d for w, d in zip(match.meta.weights, self.delta, strict=True)]
-        inputs = match.task.to_model(pixels)
-        return match.as_delta(match.meta.gradient(inputs, labels, between, create_graph=torch.is_grad_enabled()))
+    def state_dict(self) -> dict[str, Any]:
+        return {"corrected_at": self.corrected_at}
 
-    def _whole(self, sent: Sequence[Tensor]) -> list[Tensor]:
-        """Scaled to go as far along the client's way as the client; what hardly does, to ten times its length."""
-        along, square = inner_and_square(sent, self.match.target)
-        along = torch.maximum(along, 0.1 * (square * self.length).clamp(min=TINY).sqrt())
-        return [self.length / along.clamp(min=TINY) * t for t in sent]
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.start()
+        if saved["corrected_at"] is not None:
+            self.correct(*saved["corrected_at"])
+
+    def _gradient(self, examples: Tensor, labels: Tensor, alpha: Tensor, *unknowns: Tensor) -> tuple[Tensor, ...]:
+        """The gradient at the surrogate model, as the defence and Adam change it."""
+        meta = self.matcher.meta
+        between = [w - (1 - alpha) * d for w, d in zip(meta.weights, self.delta, strict=True)]
+        inputs = self.matcher.task.domain.to_model(examples)
+        gradient = meta.gradient(inputs, labels, between, create_graph=torch.is_grad_enabled())
+        return self.matcher.defended(self.matcher.adam_direction(gradient), *unknowns)
+
+    def _rescaled(self, update: Sequence[Tensor]) -> list[Tensor]:
+        """`update` scaled so that its component along the observed update has that update's length.
+
+        The scale is at most that of an update at a cosine of 0.1.
+        """
+        product, square = inner_and_square(update, self.matcher.target)
+        product = torch.maximum(product, 0.1 * (square * self.target_norm_sq).clamp(min=TINY).sqrt())
+        return [self.target_norm_sq / product.clamp(min=TINY) * t for t in update]

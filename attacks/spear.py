@@ -2,102 +2,107 @@
 
     dL/dW = D X = L R  of rank n,   so  D = L Q  and  X = Q^-1 R :   column q_i of Q is one where L q_i is sparse
 
-D (h, n) is the gradient at the layer's outputs, which ReLU empties by half. n - 1 rows drawn where d_i happens to be
-empty name q_i as their null vector. Here that is the last resort, and then a draw is only a start: from it |L q|_1 is
-brought down, which ends at some q_i far more often than a draw hits one. First come images that ICA unmixes, as the
-Cocktail Party does: their outputs say which entries of d_i to expect empty, which takes batches of 32 instead of 12.
-The bias gradient gives the lengths, D s = dL/db, or else the head does. The result tells whether it is right:
-W x_i + b < 0 where d_i is empty.
+D (h, n) is the gradient at the layer's outputs, half of which ReLU sets to zero. In the paper, n - 1 random rows on
+which d_i happens to be zero give q_i as their null vector. Here that is the last resort, and random rows are only a
+start from which |L q|_1 is minimised, which ends at some q_i far more often. Before that, images unmixed by ICA, as in
+the Cocktail Party Attack, say which entries of d_i should be zero: batches of 32 images instead of 12. The bias
+gradient gives the lengths of columns, D s = dL/db, or else the head does. Signs verify the result: W x_i + b < 0 where
+d_i is zero.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from attacks.base import Attack, progress, register
-from attacks.ica import differences
-from attacks.linear import (
+from attacks.base import Attack, register
+from attacks.linear.column_space import ColumnSpace
+from attacks.linear.ica import differences
+from attacks.linear.layer import (
     assign_granted,
-    has_relu,
-    layer_gradient,
-    nothing,
-    public_inputs,
+    failed_reconstruction,
+    pixel_problem,
     require_pixel_layer,
-    to_image,
+    to_examples,
 )
-from attacks.sparsity import SURE, Search, measure, named
-from federated.wire import Observation, Recipe, Reconstruction, Task, UsageError
-from utils.cli import hp
+from attacks.linear.selection import EXACT, Selection, assign_labels, resolve_scales, select_best
+from attacks.linear.sparse_columns import Candidates, search_from_ica, search_from_random_rows
+from attacks.optim.tracker import current_tracker
+from core.errors import UsageError
+from core.hyperparameters import hp
+from core.protocol import Observation, Recipe, Reconstruction, Task
 
-CHUNK = 512  # draws brought down together
-# share of outputs whose sign does not fit the images found; in local training weights move, and signs with them
-DOUBT = {"gradient": SURE, "delta": 0.1}
+CHUNK = 512  # random sets of rows that are searched from together
+# largest sign mismatch of a solution that counts as found; a delta's is larger because weights move in local training
+MAX_SIGN_MISMATCH = {"gradient": EXACT, "delta": 0.1}
 
 
 @register("spear")
 class Spear(Attack):
     """SPEAR: a small batch exactly, from the low rank of a layer's gradient and the zeros that ReLU leaves in it."""
 
-    paper = "Dimitrov et al.: SPEAR. NeurIPS 2024"
+    citation = "Dimitrov et al.: SPEAR. NeurIPS 2024"
+    link = "https://arxiv.org/abs/2403.03945"
     threat = "honest-but-curious"
-    wants_model = "fc2"
+    requires = frozenset({"public", "pixel_layer", "relu"})
+    paper = {"search": ("draws", "algorithm 1"), "descent": (0, "algorithm 1")}
+    example_model = "fc2"
 
-    start: Literal["images", "draws"] = hp(
-        "images", "ICA's images lead, draws find what they left; or draws alone", paper="draws"
+    search: Literal["images", "draws"] = hp(
+        "images", "start of the search: images unmixed by ICA and then draws of random rows, or draws alone"
     )
-    subsets: int = hp(8192, "draws at the most; a batch not found by then counts as diverged", least=1)
-    descent: int = hp(20, "steps that bring |L q|_1 down from a draw; 0: the draw itself has to hit", least=0, paper=0)
-    lengths: Literal["auto", "bias", "head"] = hp(
-        "auto", "of d_i: from the bias gradient, from the head, or from the bias if the layer has one"
+    subsets: int = hp(8192, "largest number of draws, after which a batch counts as diverged", ge=1, smoke=64)
+    descent: int = hp(20, "steps that minimise |L q|_1 from each draw; 0: only exact draws count", ge=0)
+    scale_from: Literal["auto", "bias", "head"] = hp(
+        "auto", "source of the lengths of d_i: bias gradient, head, or auto (bias gradient if the layer has one)"
     )
+
+    def requirements(self) -> frozenset[str]:
+        return self.requires | ({"pixel_layer_bias"} if self.scale_from == "bias" else set())
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
-        layer = require_pixel_layer("spear", model, task, bias=self.lengths == "bias")
-        if not has_relu(model):
-            raise UsageError("spear looks for the zeros of ReLU, and this model has none: --activation relu")
-        if num_examples >= min(layer.weight.shape):
+        rows = min(require_pixel_layer(model, task, self.name).weight.shape)
+        if num_examples >= rows:
             raise UsageError(
-                f"spear wants fewer images than the layer's {min(layer.weight.shape)} independent rows, not "
-                f"{num_examples}: lower --batch-size (or --client-images)"
+                f"spear needs fewer images than the layer's {rows} independent rows, not {num_examples}: "
+                "lower `batch_size` (or `client_images`)"
             )
 
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        layer = require_pixel_layer("spear", seen.model, seen.task)
-        gradient, bias = layer_gradient(seen, layer)  # (h, d), (h,)
-        n, public = seen.update.num_examples, seen.task.to_model(seen.public.images)
-        if not gradient.isfinite().all():  # local training has blown up
-            return nothing(seen)
-        search = Search(layer, gradient, n, public.flatten(1))
-        if not search.rank:
-            return nothing(seen)
-        see = partial(differences, task=seen.task)
-        if self.start == "images":
-            search.follow(see, rng)
-        trace, drawn, enough = [], 0, DOUBT[seen.update.kind]
-        known = None if self.lengths == "head" else bias
-        shown = public_inputs(seen)
-
-        def inputs(rows: Tensor) -> Tensor:
-            return rows.view(-1, *seen.task.image_shape).to(layer.weight.dtype)
-
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        assert observation.public is not None, "no public examples"
+        layer = require_pixel_layer(observation.model, observation.task, self.name)
+        problem = pixel_problem(observation, layer, project=False)
+        if self.scale_from == "head":
+            problem = replace(problem, bias_gradient=None)
+        if not problem.gradient.isfinite().all():  # local training has diverged
+            return failed_reconstruction(observation)
+        public = observation.task.domain.to_model(observation.public.examples).flatten(1)
+        space = ColumnSpace.of(problem.layer, problem.gradient, problem.n, public)
+        if not space.rank:
+            return failed_reconstruction(observation)
+        candidates, selection = Candidates(space), Selection(space)
+        view, resolve = partial(differences, task=observation.task), partial(resolve_scales, problem, space)
+        if self.search == "images":
+            search_from_ica(candidates, view, rng)
+        trace, draws, max_mismatch = [], 0, MAX_SIGN_MISMATCH[observation.update.kind]
         while True:
-            search.settle(lambda slope: measure(seen.model, search, slope, inputs, shown, n, known))
-            trace.append(search.doubt)
-            if search.doubt <= enough or drawn >= self.subsets:
+            select_best(candidates, selection, resolve)
+            trace.append(selection.sign_mismatch)
+            if selection.sign_mismatch <= max_mismatch or draws >= self.subsets:
                 break
-            count = min(CHUNK, self.subsets - drawn)
-            drawn += count
-            search.draw(count, self.descent, rng)
-            if self.start == "images":  # from another rotation, and beside what draws have found
-                search.follow(see, rng, rounds=1)
-            progress(drawn, self.subsets, search.doubt)
-        if search.best is None:
-            return nothing(seen, tuple(trace), drawn)
-        labels, likeness = named(seen.model, layer, *search.best, inputs)
-        labels = assign_granted(seen, labels, -likeness)
-        images = to_image(search.best[0], seen.task).clamp(0, 1).float()
-        status = "ok" if search.doubt <= enough else "diverged"
-        return Reconstruction(images, labels, tuple(trace), drawn, status=status)
+            count = min(CHUNK, self.subsets - draws)
+            draws += count
+            search_from_random_rows(candidates, count, self.descent, rng)
+            if self.search == "images":  # from another rotation, and without the columns that draws have found
+                search_from_ica(candidates, view, rng, rounds=1)
+            current_tracker().progress(draws, self.subsets, selection.sign_mismatch)
+        if selection.best is None:
+            return failed_reconstruction(observation, tuple(trace), draws)
+        labels, similarity = assign_labels(problem, selection.best.inputs, selection.best.columns.T)
+        labels = assign_granted(observation, labels, -similarity)
+        examples = observation.task.domain.project(to_examples(selection.best.inputs, observation.task)).float()
+        status = "ok" if selection.sign_mismatch <= max_mismatch else "diverged"
+        return Reconstruction(examples, labels, tuple(trace), draws, status=status)

@@ -2,62 +2,66 @@
 
 https://arxiv.org/abs/2112.02918      w_k = half of its entries -|N(0, s)|, the other half +s' |the same|, s' < 1
 
-Negative weights slightly outweigh the positive, so that a ReLU neuron passes few images, and an image alone on a neuron
-is dW_k / db_k. A bias at the public (1 - 1/K) quantile of w_k x, for K images behind an update, does it on purpose.
+Negative weights slightly outweigh positive ones, so that few examples activate a ReLU neuron, and one that is alone on
+a neuron is dW_k / db_k. Our own addition is a bias at the (1 - 1/K) quantile of w_k x over public examples: of K
+private examples, one is expected to activate each neuron.
 """
 
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attacks.base import Attack, register
-from attacks.linear import alone_on_a_neuron, divide_rows, has_relu, require_pixel_layer
-from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, UsageError
-from utils.cli import hp
+from attacks.linear.layer import invert_rows, require_pixel_layer
+from core.hyperparameters import hp
+from core.protocol import Batch, Observation, Recipe, Reconstruction, Task
 
 
 @register("trap")
 class Trap(Attack):
-    """Trap weights: the first layer's parameters set so that one image in a batch passes each neuron."""
+    """Trap weights: a first layer whose neurons are each activated by one example of a batch."""
 
-    paper = "Boenisch et al.: When the Curious Abandon Honesty. EuroS&P 2023"
+    citation = "Boenisch et al.: When the Curious Abandon Honesty. EuroS&P 2023"
+    link = "https://arxiv.org/abs/2112.02918"
     threat = "malicious-parameters"
-    instant = True
-    wants_model = "fc2"
+    requires = frozenset({"public", "pixel_layer", "pixel_layer_bias", "relu"})
+    paper = {"weight_init": ("trap", "section 6"), "bias": ("zero", "section 6")}
+    is_analytic = True  # type: ignore[assignment]
+    example_model = "fc2"
 
-    rows: Literal["white", "trap"] = hp("white", "weights: N(0, s), or the paper's", paper="trap")
-    bias: Literal["quantile", "zero"] = hp("quantile", "one public image in --target passes a neuron", paper="zero")
-    scale: float = hp(0.95, "s', of the positive half of --rows trap", above=0, source="section 6")
-    target: int = hp(32, "images behind an update, K, that a quantile bias counts on", least=2)
-    spread: float = hp(1.0, "s times the square root of the pixels", above=0)
+    weight_init: Literal["white", "trap"] = hp(
+        "white", "weights of the first layer: white, N(0, s), or the paper's trap weights"
+    )
+    bias: Literal["quantile", "zero"] = hp(
+        "quantile", "bias of the first layer: at the public (1 - 1/K) quantile of its outputs, or zero"
+    )
+    positive_scale: float = hp(
+        0.95, "s', size of positive trap weights relative to negative ones", gt=0, source="section 6"
+    )
+    expected_batch_size: int = hp(32, "K, number of examples behind an update that a quantile bias is made for", ge=2)
+    weight_scale: float = hp(1.0, "standard deviation s of the weights, times the square root of the input size", gt=0)
 
-    def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
-        super().check(model, task, recipe, kind, num_examples)
-        require_pixel_layer("trap", model, task, bias=True)
-        if not has_relu(model):
-            raise UsageError("trap needs neurons that stay silent, and this model has no ReLU: --activation relu")
+    def requirements(self) -> frozenset[str]:
+        return self.requires if self.bias == "quantile" else self.requires - {"public"}
 
     @torch.no_grad()
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:
-        layer = require_pixel_layer("trap", model, task, bias=True)
+        layer = require_pixel_layer(model, task, self.name)
         rng = torch.Generator().manual_seed(0)  # the same trap in every round
-        outputs, pixels = layer.weight.shape
-        weight = torch.randn(outputs, pixels, generator=rng) * self.spread / pixels**0.5
-        if self.rows == "trap":
+        outputs, size = layer.weight.shape
+        weight = torch.randn(outputs, size, generator=rng) * self.weight_scale / size**0.5
+        if self.weight_init == "trap":
             for row in weight:
-                order, half = torch.randperm(pixels, generator=rng), pixels // 2
+                order, half = torch.randperm(size, generator=rng), size // 2
                 row[order[:half]] = -row[order[:half]].abs()
-                row[order[half : 2 * half]] = -self.scale * row[order[:half]]
+                row[order[half : 2 * half]] = -self.positive_scale * row[order[:half]]
         layer.weight.copy_(weight)
         layer.bias.zero_()
         if self.bias == "quantile":
-            passed = task.to_model(public.images).flatten(1) @ layer.weight.T  # (n, h)
-            layer.bias.copy_(-passed.quantile(1 - 1 / self.target, dim=0))
+            outputs_without_bias = task.domain.to_model(public.examples).flatten(1) @ layer.weight.T  # (n, h)
+            layer.bias.copy_(-outputs_without_bias.quantile(1 - 1 / self.expected_batch_size, dim=0))
         return model
 
-    def ceiling(self, model: nn.Module, task: Task, images: Tensor) -> Tensor:
-        return alone_on_a_neuron(require_pixel_layer("trap", model, task), task.to_model(images))
-
-    def reconstruct(self, seen: Observation, rng: torch.Generator) -> Reconstruction:
-        return divide_rows(seen, require_pixel_layer("trap", seen.model, seen.task, bias=True))
+    def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
+        return invert_rows(observation, require_pixel_layer(observation.model, observation.task, self.name))

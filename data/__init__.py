@@ -1,12 +1,11 @@
-"""Labelled images in three disjoint splits: `load(name, ...)`. A new set is one function under `@register`."""
+"""Labelled examples in three disjoint splits: `load(name, ...)`.
 
-import importlib
-import pkgutil
+A new data set is a function under `data.base.register` in a file of this folder.
+"""
 
-from data.base import DATASETS, Dataset, Normalize, Split, load
+from data.base import DATASETS, Dataset, Normalize, load
 from data.partition import Scheme, partition
+from data.selection import Public, Victims
+from data.splits import Split
 
-__all__ = ["DATASETS", "Dataset", "Normalize", "Scheme", "Split", "load", "partition"]
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+__all__ = ["DATASETS", "Dataset", "Normalize", "Public", "Scheme", "Split", "Victims", "load", "partition"]

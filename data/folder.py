@@ -1,29 +1,33 @@
-"""`folder`: any `<class>/<image>` tree, with --base-datadir as its root."""
+"""`folder`: any `<class>/<image>` tree, with `base_datadir` as its root."""
 
 import hashlib
 import io
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.base import Decoded, Parts, Split, frozen_rng, register
+from core.errors import UsageError
+from data.base import register
 from data.images import UNREADABLE, class_folders, open_image, read_image, unreadable
-from federated.wire import UsageError
+from data.splits import LazyImages, Split, Splits, frozen_rng
 
-EXPECTED = "--base-datadir must be the root of a <class>/<image> tree for --dataset folder"
+EXPECTED = "`base_datadir` must be the root of a <class>/<image> tree for `dataset=folder`"
 SHARES = {"private": 0.5, "public": 0.25, "test": 0.25}  # of each class
-EAGER = 5000  # images; up to here all are decoded, and so proven readable, at load
-GREY = ("1", "L", "LA", "La", "I")  # and I;16, however its bytes lie
+EAGER = 5000  # up to this many images, all are decoded at load, so that an unreadable one is found at once
+GREY = ("1", "L", "LA", "La", "I")  # Pillow's greyscale modes, and all that start with I;16
 
 
 @register
-def folder(base_datadir: Path, image_size: int | None) -> Parts:
-    """One channel if every file is greyscale, else three. `image_size` None keeps square images that share one size of
-    at most 64 pixels, and makes anything else 32.
+def folder(base_datadir: Path, image_size: int | None) -> Splits:
+    """Images of one channel if every file is greyscale, otherwise of three.
 
-    Raises UsageError for a tree that is missing, flat, of one class, without images, or with an unreadable one.
+    `image_size` None keeps square images that share one size of at most 64 pixels, and resizes all others to 32. Raises
+    UsageError for a tree that is missing, has no class folders, has only one class, or has a class without images or
+    with an unreadable one.
     """
     tree = class_folders(base_datadir, EXPECTED)
     if len(tree) < 2:
@@ -32,24 +36,33 @@ def folder(base_datadir: Path, image_size: int | None) -> Parts:
         )
     paths = [path for files in tree.values() for path in files]
     labels = np.repeat(np.arange(len(tree)), [len(files) for files in tree.values()])
+    names = [f"{class_name}/{Path(path).name}" for class_name, files in tree.items() for path in files]
     digests, modes, sizes = zip(*map(_inspect, paths), strict=True)
 
-    size = image_size or _native(set(sizes)) or 32
-    channels = 1 if all(mode in GREY or mode.startswith("I;16") for mode in modes) else 3
+    size = image_size or _native_size(set(sizes)) or 32
+    channels = 1 if all(_is_grey(mode) for mode in modes) else 3
     decode = partial(read_image, image_size=size, channels=channels)
 
-    def split(own: list[int]) -> Split:
-        pixels = Decoded([paths[i] for i in own], decode, (channels, size, size), " ".join(digests[i] for i in own))
+    def split(indices: list[int]) -> Split:
+        identity = " ".join(digests[i] for i in indices)
+        pixels = LazyImages([paths[i] for i in indices], decode, (channels, size, size), identity)
         return Split(
-            labels=torch.tensor(labels[own], dtype=torch.int64),
-            pixels=pixels[torch.arange(len(own))] if len(paths) <= EAGER else pixels,
+            labels=torch.tensor(labels[indices], dtype=torch.int64),
+            pixels=pixels[torch.arange(len(indices))] if len(paths) <= EAGER else pixels,
+            names=tuple(names[i] for i in indices),
         )
 
-    return Parts(**{name: split(own) for name, own in _deal(digests, labels).items()}, class_names=tuple(tree))
+    assigned = _assign_splits(digests, labels)
+    return Splits(
+        **{name: split(indices) for name, indices in assigned.items()},
+        class_names=tuple(tree),
+        copies=[digests[i] for i in assigned["private"]],
+        notes=_notes(assigned, len(tree), digests, modes, sizes, size, channels),
+    )
 
 
 def _inspect(path: str) -> tuple[str, str, tuple[int, int]]:
-    """Digest of the file's bytes, colour mode, (width, height)."""
+    """The digest of a file's bytes, its colour mode, and (width, height). Raises UsageError if it is not an image."""
     try:
         content = Path(path).read_bytes()
         with open_image(io.BytesIO(content)) as image:
@@ -58,16 +71,22 @@ def _inspect(path: str) -> tuple[str, str, tuple[int, int]]:
         raise unreadable(path, error) from None
 
 
-def _native(sizes: set[tuple[int, int]]) -> int | None:
+def _is_grey(mode: str) -> bool:
+    return mode in GREY or mode.startswith("I;16")
+
+
+def _native_size(sizes: set[tuple[int, int]]) -> int | None:
+    """The side of all images if they are square, of one size, and at most 64 pixels; otherwise None."""
     (width, height), *others = sizes
     return width if not others and width == height <= 64 else None
 
 
-def _deal(digests: tuple[str, ...], labels: np.ndarray) -> dict[str, list[int]]:
-    """Split -> its images, sorted. Files of the same bytes go together, counted where the first of them lies.
+def _assign_splits(digests: Sequence[str], labels: np.ndarray) -> dict[str, list[int]]:
+    """Split -> the sorted indices of its images.
 
-    Every class is shuffled and dealt on its own, each file to the split that lags furthest behind its share: private,
-    public, test, private, and again.
+    Each class is shuffled and distributed on its own: each file goes to the split that is furthest below its share
+    (private, public, test, private, and again). Files with equal bytes go to one split, as files of the first one's
+    class.
     """
     copies: dict[str, list[int]] = {}
     for i, digest in enumerate(digests):
@@ -76,13 +95,42 @@ def _deal(digests: tuple[str, ...], labels: np.ndarray) -> dict[str, list[int]]:
     for group in copies.values():
         classes.setdefault(int(labels[group[0]]), []).append(group)
 
-    dealt: dict[str, list[int]] = {name: [] for name in SHARES}
+    assigned: dict[str, list[int]] = {name: [] for name in SHARES}
     rng = frozen_rng(0)
     for groups in classes.values():
-        have = dict.fromkeys(SHARES, 0)
+        counts = dict.fromkeys(SHARES, 0)
         for g in rng.permutation(len(groups)):
-            total = sum(have.values()) + len(groups[g])
-            behind = max(SHARES, key=lambda name: SHARES[name] * total - have[name])
-            have[behind] += len(groups[g])
-            dealt[behind] += groups[g]
-    return {name: sorted(own) for name, own in dealt.items()}
+            total = sum(counts.values()) + len(groups[g])
+            neediest = max(SHARES, key=lambda name: SHARES[name] * total - counts[name])
+            counts[neediest] += len(groups[g])
+            assigned[neediest] += groups[g]
+    return {name: sorted(indices) for name, indices in assigned.items()}
+
+
+def _notes(
+    assigned: dict[str, list[int]],
+    num_classes: int,
+    digests: Sequence[str],
+    modes: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    image_size: int,
+    channels: int,
+) -> tuple[str, ...]:
+    """What was done to the files: one line on splits and sizes, and one each on copies and colours if there are any."""
+    split = " / ".join(f"{len(indices)} {name}" for name, indices in assigned.items())
+    shapes = sorted(set(sizes), key=lambda size: size[0] * size[1])
+    first, last = (f"{width}x{height}" for width, height in (shapes[0], shapes[-1]))
+    source = first if len(shapes) == 1 else f"{len(shapes)} sizes ({first} to {last})"
+    target = f"{image_size}x{image_size}"
+    resized = f"resized from {source} to {target}" if source != target else f"kept at {target}"
+    if any(width != height for width, height in shapes):
+        resized = f"cropped to the centre square and {resized}"
+    notes = [f"folder: {len(digests)} files, {num_classes} classes, split {split} by class, {resized}"]
+    if len(set(digests)) < len(digests):
+        duplicates = len(digests) - len(set(digests))
+        notes.append(f"folder: {duplicates} files are exact copies of others; all copies of a file are in one split")
+    counts = Counter(modes)
+    if len(counts) > 1 or next(iter(counts)) not in ("L", "RGB"):
+        colours = ", ".join(f"{count} {mode}" for mode, count in sorted(counts.items()))
+        notes.append(f"folder: colour modes {colours} converted to {'greyscale' if channels == 1 else 'RGB'}")
+    return tuple(notes)

@@ -1,4 +1,4 @@
-"""Image files: which ones count, how they become uint8 tensors, and how a tree of class folders is read."""
+"""Image files: which files are images, how a tree of class folders is listed, how a file becomes a uint8 tensor."""
 
 import os
 import struct
@@ -11,22 +11,22 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from federated.wire import UsageError
+from core.errors import UsageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-# named, because Pillow goes by content and would hand a disguised EPS to Ghostscript
+# Pillow identifies files by content; without this list it would pass an EPS file with another suffix to Ghostscript
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
-# what Pillow raises on damaged files, one decoder or another
+# what Pillow's decoders raise on damaged files
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError)
 UNREADABLE += (RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def class_folders(root: Path, expected: str) -> dict[str, list[str]]:
-    """Class name -> the sorted paths of its images, of a `<class>/<image>` tree; classes sorted by name.
+    """Class name -> the sorted paths of its images, in a `<class>/<image>` tree; classes are sorted by name.
 
-    Hidden entries and files of other kinds do not count. Raises UsageError, ending in `expected`, for a missing
-    root, no class folders, or a class folder without images.
+    Hidden entries and files that are not images are ignored. Raises UsageError, which ends in `expected`, if the root
+    is missing or has no class folders, or if a class folder has no images.
     """
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder; {expected}")
@@ -37,7 +37,7 @@ def class_folders(root: Path, expected: str) -> dict[str, list[str]]:
 
 
 def image_paths(folder: str | Path, expected: str) -> list[str]:
-    """Sorted paths of the images in a class folder. Raises UsageError, ending in `expected`, if there are none."""
+    """Sorted paths of the images in a class folder. Raises UsageError, which ends in `expected`, if there are none."""
     paths = [path for name, path in _entries(folder) if name.lower().endswith(SUFFIXES) and not os.path.isdir(path)]
     if not paths:
         raise UsageError(f"{folder}: no images in this class folder; {expected}")
@@ -53,22 +53,27 @@ def _entries(folder: str | Path) -> list[tuple[str, str]]:
 
 
 def one_line(error: BaseException) -> str:
+    """The message of an error on one line; its type if it has no message."""
     if isinstance(error, UnidentifiedImageError):
         return "unknown format"
     return " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
 
 
 def unreadable(path: str | Path, error: BaseException) -> UsageError:
+    """What to raise for an image file that cannot be decoded."""
     return UsageError(f"{path}: not a readable image ({one_line(error)}); remove or replace it")
 
 
 def open_image(file: str | Path | BinaryIO) -> Image.Image:
-    """The image with its header read. Raises one of UNREADABLE."""
+    """The image, of which only the header has been read. Raises one of UNREADABLE."""
     return Image.open(file, formats=FORMATS)
 
 
 def read_image(path: str | Path, *, image_size: int, channels: int) -> Tensor:
-    """The file as (channels, image_size, image_size) uint8. Raises UsageError naming a file that cannot be decoded."""
+    """The image as (channels, image_size, image_size) uint8, channels 1 or 3.
+
+    Raises UsageError, which names the file, if it cannot be decoded.
+    """
     try:
         with open_image(path) as image:
             return square(_eight_bit(image, "L" if channels == 1 else "RGB"), image_size)
@@ -77,16 +82,17 @@ def read_image(path: str | Path, *, image_size: int, channels: int) -> Tensor:
 
 
 def _eight_bit(image: Image.Image, mode: str) -> Image.Image:
+    """The image upright, on white where it is transparent, with 8 bits a channel in `mode` L or RGB."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        # 16 bits a pixel: Pillow's own conversion cuts at 255 instead of scaling
+        # 16 bits a pixel: Pillow's conversion clips at 255 instead of scaling
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     if image.has_transparency_data:
-        paper = Image.new("RGBA", image.size, "white")
-        paper.alpha_composite(image.convert("RGBA"))
-        image = paper
+        background = Image.new("RGBA", image.size, "white")
+        background.alpha_composite(image.convert("RGBA"))
+        image = background
     return image.convert(mode)
 
 
@@ -94,8 +100,8 @@ def square(image: Image.Image, image_size: int) -> Tensor:
     """The largest centred square of an 8-bit L or RGB image, resampled to (C, image_size, image_size) uint8."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    # cropped first: `resize(box=...)` would let the filter reach outside the box
+    # cropped first, because the filter of `resize(box=...)` would read pixels outside the box
     image = image.crop((left, top, left + side, top + side))
     if side != image_size:
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)  # antialiased when it shrinks
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)  # antialiased when it reduces
     return torch.from_numpy(np.array(np.atleast_3d(image).transpose(2, 0, 1)))

@@ -1,122 +1,136 @@
-"""Who holds which image: a split dealt out to the clients of a federation."""
+"""Which client of a federation holds which examples of a split."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.base import frozen_rng
-from federated.wire import UsageError
+from core.errors import UsageError
+from data.splits import frozen_rng
 
 Scheme = Literal["iid", "dirichlet", "classes"]
+# remaining examples of each class (K,), examples of a client, rng -> the client's examples of each class (K,)
+Quota = Callable[[np.ndarray, int, np.random.RandomState], np.ndarray]
 
 
 def partition(
     labels: Tensor,
     clients: int,
-    images_per_client: int | None,
+    client_images: int | None,
     scheme: Scheme,
     beta: float,
     classes_per_client: int,
     rng: torch.Generator,
 ) -> list[Tensor]:
-    """Disjoint, non-empty positions in `labels` (N,), one int64 tensor per client.
+    """The examples of each client, as disjoint, non-empty int64 tensors of indices into `labels` (N,).
 
-    Each holds `images_per_client` images; None shares out the whole split, evenly to within one image.
-    "iid": with n images each, client k holds `torch.randperm(N, generator=rng)[k * n : (k + 1) * n]`.
-    "dirichlet": each client's class proportions from a symmetric Dir(`beta`) (Hsu et al. 2019, arXiv:1909.06335).
-    "classes": `classes_per_client` classes per client, equally many images of each, all classes equally often.
-    Where a class runs out, those that remain fill its place. Raises UsageError for a deal that cannot be made.
+    Each client holds `client_images` examples; None distributes the whole split, so that clients differ by at most one
+    example. `scheme` is the value of the argument `partition`:
+
+    "iid": with n examples each, client k holds `torch.randperm(N, generator=rng)[k * n : (k + 1) * n]`.
+    "dirichlet": the class proportions of each client are drawn from a symmetric Dir(`beta`); Hsu, Qi, Brown 2019,
+        https://arxiv.org/abs/1909.06335.
+    "classes": each client holds equally many examples of `classes_per_client` classes; all classes are held equally
+        often.
+
+    When a class is used up, other classes take its place. Raises UsageError for arguments that cannot be satisfied.
     """
-    sizes = _sizes(len(labels), clients, images_per_client)
+    sizes = _sizes(len(labels), clients, client_images)
     order = torch.randperm(len(labels), generator=rng)
     match scheme:
         case "iid":
             return list(order[: sum(sizes)].split(sizes))
         case "dirichlet":
             if not 0 < beta < float("inf"):
-                raise UsageError(f"--beta {beta}: Dir(beta) needs a positive number")
-            return _by_class(labels, order, sizes, lambda left, size, draws: _dirichlet(left, size, draws, beta), rng)
+                raise UsageError(f"`beta={beta}`: Dir(beta) needs a positive number")
+            return _by_class(labels, order, sizes, partial(_dirichlet, beta), rng)
         case "classes":
             most = min(len(labels.unique()), min(sizes))
             if not 1 <= classes_per_client <= most:
                 raise UsageError(
-                    f"--classes-per-client {classes_per_client}: at least 1, and at most the {most} that the split's"
-                    " classes and the images per client allow"
+                    f"`classes_per_client={classes_per_client}`: choose 1 to {most}, which is as many as the split's"
+                    " classes and the images of a client allow"
                 )
             return _by_class(labels, order, sizes, _Classes(classes_per_client), rng)
         case _:
-            raise UsageError(f"--partition {scheme}: choose one of iid, dirichlet, classes")
+            raise UsageError(f"`partition={scheme}`: choose one of iid, dirichlet, classes")
 
 
-def _sizes(images: int, clients: int, images_per_client: int | None) -> list[int]:
+def _sizes(total: int, clients: int, client_images: int | None) -> list[int]:
+    """The number of examples of each client, out of a split of `total`."""
     if clients < 1:
-        raise UsageError(f"--clients {clients}: at least one is needed")
-    if images_per_client is None:
-        if clients > images:
-            raise UsageError(f"--clients {clients}: the split has only {images} images")
-        return [images // clients + (k < images % clients) for k in range(clients)]
-    if images_per_client < 1:
-        raise UsageError(f"--client-images {images_per_client}: at least one is needed")
-    if clients * images_per_client > images:
+        raise UsageError(f"`clients={clients}`: at least one is needed")
+    if client_images is None:
+        if clients > total:
+            raise UsageError(f"`clients={clients}`: the split has only {total} images")
+        return [total // clients + (k < total % clients) for k in range(clients)]
+    if client_images < 1:
+        raise UsageError(f"`client_images={client_images}`: at least one is needed")
+    if clients * client_images > total:
         raise UsageError(
-            f"{clients} clients of {images_per_client} images need {clients * images_per_client},"
-            f" the split has {images}; lower --clients or --client-images"
+            f"{clients} clients with {client_images} images each need {clients * client_images} images, but the split"
+            f" has {total}: lower `clients` or `client_images`"
         )
-    return [images_per_client] * clients
-
-
-Quota = Callable[[np.ndarray, int, np.random.RandomState], np.ndarray]  # left (K,), size, draws -> counts (K,)
+    return [client_images] * clients
 
 
 def _by_class(labels: Tensor, order: Tensor, sizes: list[int], quota: Quota, rng: torch.Generator) -> list[Tensor]:
-    """Client after client takes `quota` images of each class off the class's pile, which lies in `order`."""
-    piles = [order[labels[order] == c] for c in labels.unique()]
-    left = np.array([len(pile) for pile in piles])  # (K,)
+    """The examples of each client: `quota` says how many of each class, and they are taken from the end of `order`."""
+    indices = [order[labels[order] == c] for c in labels.unique()]  # K tensors
+    remaining = np.array([len(own) for own in indices])  # (K,)
     # torch has no public Dirichlet sampler that takes a generator
-    draws = frozen_rng(int(torch.randint(2**32, (), generator=rng)))
-    held = []
+    numpy_rng = frozen_rng(int(torch.randint(2**32, (), generator=rng)))
+    clients = []
     for size in sizes:
-        counts = quota(left, size, draws)
-        mine = torch.cat([pile[n - k : n] for pile, n, k in zip(piles, left, counts, strict=True)])
-        held.append(mine[torch.randperm(size, generator=rng)])
-        left = left - counts
-    return held
+        counts = quota(remaining, size, numpy_rng)
+        taken = torch.cat([own[n - k : n] for own, n, k in zip(indices, remaining, counts, strict=True)])
+        clients.append(taken[torch.randperm(size, generator=rng)])
+        remaining = remaining - counts
+    return clients
 
 
-def _dirichlet(left: np.ndarray, size: int, draws: np.random.RandomState, beta: float) -> np.ndarray:
-    proportions = draws.dirichlet(np.full(len(left), beta))
+def _dirichlet(beta: float, remaining: np.ndarray, size: int, rng: np.random.RandomState) -> np.ndarray:
+    """A `Quota`, with class proportions from Dir(beta)."""
+    proportions = rng.dirichlet(np.full(len(remaining), beta))
     if not np.isfinite(proportions).all():
-        # every gamma variate underflowed: the limit beta -> 0 is one class for certain
-        proportions = np.eye(len(left))[draws.randint(len(left))]
-    return _fill(proportions, size, left, draws.multinomial)
+        # every gamma variate underflowed: in the limit beta -> 0 a client has one class only
+        proportions = np.eye(len(remaining))[rng.randint(len(remaining))]
+    return _fill(proportions, size, remaining, rng.multinomial)
 
 
 class _Classes:
-    """The least held classes that can still give a full share; which of equals is drawn."""
+    """A `Quota` of `per_client` classes: of those with enough examples left, the ones that the fewest clients hold.
+
+    Ties are broken at random.
+    """
 
     def __init__(self, per_client: int) -> None:
         self.per_client = per_client
-        self.holders: np.ndarray | int = 0
+        self.holders: np.ndarray | int = 0  # (K,), the number of clients that hold each class
 
-    def __call__(self, left: np.ndarray, size: int, draws: np.random.RandomState) -> np.ndarray:
+    def __call__(self, remaining: np.ndarray, size: int, rng: np.random.RandomState) -> np.ndarray:
         share = size // self.per_client
-        holders = self.holders + np.zeros_like(left)
-        chosen = np.lexsort((draws.rand(len(left)), holders, -np.minimum(left, share)))[: self.per_client]
-        counts = _fill(np.isin(np.arange(len(left)), chosen).astype(float), size, left, _evenly)
+        holders = self.holders + np.zeros_like(remaining)
+        preference = np.lexsort((rng.rand(len(remaining)), holders, -np.minimum(remaining, share)))
+        chosen = np.isin(np.arange(len(remaining)), preference[: self.per_client])  # (K,)
+        counts = _fill(chosen.astype(float), size, remaining, _evenly)
         self.holders = holders + (counts > 0)
         return counts
 
 
 def _fill(
-    weights: np.ndarray, size: int, left: np.ndarray, draw: Callable[[int, np.ndarray], np.ndarray]
+    weights: np.ndarray, size: int, remaining: np.ndarray, draw: Callable[[int, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """`size` images over the classes by `weights` (K,), none beyond `left` (K,); needs left.sum() >= size."""
-    counts = np.zeros_like(left)
+    """`size` examples distributed over classes by `weights` (K,), at most `remaining` (K,) of each: counts (K,).
+
+    `draw(n, shares)` distributes n examples by shares that sum to 1. Needs remaining.sum() >= size.
+    """
+    counts = np.zeros_like(remaining)
     while missing := size - counts.sum():
-        free = left - counts
+        free = remaining - counts
         shares = weights * (free > 0)
         if not shares.any():
             shares = free.astype(float)
@@ -125,7 +139,7 @@ def _fill(
 
 
 def _evenly(n: int, shares: np.ndarray) -> np.ndarray:
-    """`n` split by `shares` (K,) as nearly as whole numbers can, the largest remainders rounded up."""
+    """`n` distributed in proportion to `shares` (K,) as integers, the largest remainders rounded up: counts (K,)."""
     counts = np.floor(n * shares).astype(int)
     up = np.argsort(counts - n * shares, kind="stable")[: n - counts.sum()]
     counts[up] += 1

@@ -1,8 +1,9 @@
-"""Published sets under --base-datadir, in torchvision's own layouts. Downloaded where that is possible, else refused.
+"""Published data sets under `base_datadir`, in torchvision's layouts. All but ImageNet are downloaded if missing.
 
 The official test (or val) images are `test`. Of the official training images a fifth of each class, drawn with a
-fixed seed and at most 5000 over all classes, is `public`; the rest is `private`. MNIST and CIFAR, held in memory, are
-searched for exact copies: what is in `test` is dropped from the other two, what is in `public` from `private`.
+fixed seed and at most 5000 in total, is `public`, and the rest is `private`. MNIST and CIFAR, which fit in memory, are
+searched for exact copies: images that are also in `test` are dropped from `public` and `private`, and images that are
+also in `public` are dropped from `private`.
 """
 
 import contextlib
@@ -28,13 +29,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.base import Decoded, Parts, Split, Statistics, frozen_rng, register
+from core.errors import UsageError
+from data.base import register
 from data.images import class_folders, image_paths, one_line, read_image, square
-from federated.wire import UsageError
+from data.splits import LazyImages, Split, Splits, Statistics, frozen_rng
 
-PATIENCE = 10.0  # seconds without a byte after which there is no network
+PATIENCE = 10.0  # seconds without a byte after which a server counts as unreachable
 
-# mean and std of the training pixels per channel
+# mean and std of the training pixels of each channel
 MNIST: Statistics = ((0.1307,), (0.3081,))  # pytorch/examples, mnist/main.py
 CIFAR10: Statistics = ((0.4914672, 0.4822617, 0.4467701), (0.2470322, 0.2434851, 0.2615879))  # breaching, CIFAR10.yaml
 CIFAR100: Statistics = ((0.5071598, 0.4866936, 0.4412019), (0.2673343, 0.2564384, 0.2761505))  # the same, CIFAR100.yaml
@@ -43,13 +45,13 @@ IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # torchvi
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
-# what torchvision's readers and downloads raise on damaged files
+# what torchvision's readers and downloads raise on damaged files and broken connections
 DAMAGED = (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 DAMAGED += (EOFError, ImportError, MemoryError, HTTPException, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @register
-def mnist(base_datadir: Path, image_size: int | None) -> Parts:
+def mnist(base_datadir: Path, image_size: int | None) -> Splits:
     """28 pixels, one channel, from MNIST/raw."""
     from torchvision.datasets import MNIST as Reader
 
@@ -58,7 +60,7 @@ def mnist(base_datadir: Path, image_size: int | None) -> Parts:
 
 
 @register
-def cifar10(base_datadir: Path, image_size: int | None) -> Parts:
+def cifar10(base_datadir: Path, image_size: int | None) -> Splits:
     """32 pixels, from cifar-10-batches-py."""
     from torchvision.datasets import CIFAR10 as Reader
 
@@ -67,7 +69,7 @@ def cifar10(base_datadir: Path, image_size: int | None) -> Parts:
 
 
 @register
-def cifar100(base_datadir: Path, image_size: int | None) -> Parts:
+def cifar100(base_datadir: Path, image_size: int | None) -> Splits:
     """32 pixels, the fine labels, from cifar-100-python."""
     from torchvision.datasets import CIFAR100 as Reader
 
@@ -76,10 +78,10 @@ def cifar100(base_datadir: Path, image_size: int | None) -> Parts:
 
 
 @register
-def imagenet(base_datadir: Path, image_size: int | None) -> Parts:
-    """224 pixels, from imagenet/{train,val}/<class>/<image>: torchvision's ImageNet layout. Never downloaded."""
+def imagenet(base_datadir: Path, image_size: int | None) -> Splits:
+    """224 pixels, from imagenet/{train,val}/<class>/<image>, torchvision's ImageNet layout; not downloaded."""
     root = base_datadir / "imagenet"
-    expected = "ImageNet is expected as imagenet/train and imagenet/val, folders of class folders, in BASE_DATADIR"
+    expected = "`base_datadir` (BASE_DATADIR) must hold imagenet/train and imagenet/val with a folder for each class"
     train, val = class_folders(root / "train", expected), class_folders(root / "val", expected)
     if unknown := sorted(val.keys() - train.keys()):
         raise UsageError(f"{root / 'val' / unknown[0]}: no such class in {root / 'train'}; {expected}")
@@ -94,8 +96,8 @@ def imagenet(base_datadir: Path, image_size: int | None) -> Parts:
 
 
 @register
-def tiny_imagenet(base_datadir: Path, image_size: int | None) -> Parts:
-    """64 pixels, from tiny-imagenet-200 as its zip unpacks; classes sorted by WordNet id."""
+def tiny_imagenet(base_datadir: Path, image_size: int | None) -> Splits:
+    """64 pixels, from tiny-imagenet-200, the contents of the published zip file; classes are sorted by WordNet id."""
     root = base_datadir / "tiny-imagenet-200"
     if not root.exists():
         from torchvision.datasets.utils import download_and_extract_archive
@@ -110,19 +112,20 @@ def tiny_imagenet(base_datadir: Path, image_size: int | None) -> Parts:
         val.append((str(root / "val" / "images" / file), classes[wnid]))
     if not (classes and val):
         raise _damaged(root)
+    expected = "the tree differs from the contents of the published zip file"
     train = [
         (path, label)
         for wnid, label in classes.items()
-        for path in image_paths(root / "train" / wnid / "images", "the tree is not as its zip unpacks")
+        for path in image_paths(root / "train" / wnid / "images", expected)
     ]
     return _on_disk(root, train, val, image_size or 64, tuple(classes))
 
 
 class _Cifar:
-    """One half of a CIFAR folder: what torchvision's reader gives, from any files of its layout.
+    """The training or test images of a CIFAR folder, with the attributes of torchvision's reader.
 
-    torchvision insists on the checksums of the published files because a pickle may run code. This one may not: it
-    loads arrays and nothing else, so a re-packed copy is read as well.
+    torchvision accepts only files with the published checksums, because a pickle may run code. This reader loads
+    nothing but arrays, so it can also read copies that were packed again.
     """
 
     def __init__(self, reader: Any, root: Path, train: bool) -> None:
@@ -141,14 +144,14 @@ class _Cifar:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Raises UnpicklingError for anything but NumPy arrays and Python's own containers."""
+    """Unpickles NumPy arrays and Python's own containers. Raises UnpicklingError for anything else."""
 
-    NEEDED = frozenset({"ndarray", "dtype", "_reconstruct", "_frombuffer", "encode"})
+    ALLOWED = frozenset({"ndarray", "dtype", "_reconstruct", "_frombuffer", "encode"})
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in self.NEEDED and module.split(".")[0] in ("numpy", "_codecs"):
+        if name in self.ALLOWED and module.split(".")[0] in ("numpy", "_codecs"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no array")
+        raise pickle.UnpicklingError(f"{module}.{name} is not an array")
 
 
 def _in_memory(
@@ -159,16 +162,17 @@ def _in_memory(
     shape: tuple[int, int, int],
     image_size: int | None,
     published: Statistics,
-) -> Parts:
-    """A set that `read` reads as one array and torchvision's `reader` can download; `shape` (H, W, C).
+) -> Splits:
+    """The splits of a data set that fits in memory; images are resized when they are taken.
 
-    Resized only on the way out.
+    reader: torchvision's class, which can download the data set. read: called as read(root, train=...), returns an
+    object with `data`, `targets` and `classes`. shape: (H, W, C) of an image.
     """
     if not folder.exists():
         _download(folder, url, lambda scratch: reader(scratch, download=True))
     try:
         with warnings.catch_warnings():
-            # the CIFAR pickles are older than the NumPy that reads them
+            # the CIFAR pickles were written by an old NumPy
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             train, test = (read(folder.parent, train=part) for part in (True, False))
         (x, y), (x_test, y_test) = (_checked(part, shape) for part in (train, test))
@@ -180,26 +184,33 @@ def _in_memory(
             pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         else:
             content = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
-            pixels = Decoded(images, partial(_resized, image_size), (shape[2], image_size, image_size), content)
+            pixels = LazyImages(images, partial(_resized, image_size), (shape[2], image_size, image_size), content)
         return Split(torch.from_numpy(labels), pixels)
 
     private, public = _hold_out(y, len(train.classes))
-    prints = [hashlib.sha256(image.tobytes()).digest() for image in x]
-    seen = {hashlib.sha256(image.tobytes()).digest() for image in x_test}
-    public = [i for i in public if prints[i] not in seen]
-    seen |= {prints[i] for i in public}
-    private = [i for i in private if prints[i] not in seen]
-    return Parts(
-        split(x[private], y[private]),
-        split(x[public], y[public]),
-        split(x_test, y_test),
-        tuple(train.classes),
-        published,
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in x]
+    excluded = {hashlib.sha256(image.tobytes()).digest() for image in x_test}
+    public = [i for i in public if digests[i] not in excluded]
+    excluded |= {digests[i] for i in public}
+    private = [i for i in private if digests[i] not in excluded]
+    dropped = len(x) - len(private) - len(public)
+    note = f"{folder.name}: {dropped} training images dropped as copies of test or public ones"
+    return Splits(
+        private=split(x[private], y[private]),
+        public=split(x[public], y[public]),
+        test=split(x_test, y_test),
+        class_names=tuple(train.classes),
+        published_statistics=published,
+        notes=(note,) if dropped else (),
+        copies=[digests[i] for i in private],
     )
 
 
 def _checked(part: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) uint8 and labels (N,) int64 of a torchvision set. Raises ValueError if they do not fit."""
+    """Images (N, H, W, C) uint8 and labels (N,) int64 of a torchvision data set; `shape` is (H, W, C).
+
+    Raises ValueError for other shapes and types, and for labels without a class.
+    """
     images = np.asarray(part.data)
     images, labels = images.reshape(len(images), *shape), np.asarray(part.targets, dtype=np.int64)
     if images.dtype != np.uint8 or labels.shape != images.shape[:1] or labels.max() >= len(part.classes):
@@ -215,8 +226,11 @@ def _resized(image_size: int, image: np.ndarray) -> Tensor:
 Labelled = Sequence[tuple[str, int]]  # path, label
 
 
-def _on_disk(root: Path, train: Labelled, test: Labelled, image_size: int, class_names: tuple[str, ...]) -> Parts:
-    """A set too large for memory: decoded on use, and recognised by its files' names, sizes and times of change."""
+def _on_disk(root: Path, train: Labelled, test: Labelled, image_size: int, class_names: tuple[str, ...]) -> Splits:
+    """The splits of a data set too large for memory: images are decoded when they are taken.
+
+    The fingerprint depends on the names, sizes and modification times of the files instead of their content.
+    """
 
     def split(files: Labelled) -> Split:
         hasher = hashlib.sha256()
@@ -230,27 +244,32 @@ def _on_disk(root: Path, train: Labelled, test: Labelled, image_size: int, class
         shape = (3, image_size, image_size)
         return Split(
             labels=torch.tensor([label for _, label in files], dtype=torch.int64),
-            pixels=Decoded([path for path, _ in files], decode, shape, hasher.hexdigest()),
+            pixels=LazyImages([path for path, _ in files], decode, shape, hasher.hexdigest()),
         )
 
     private, public = _hold_out(np.array([label for _, label in train]), len(class_names))
-    return Parts(
-        split([train[i] for i in private]), split([train[i] for i in public]), split(test), class_names, IMAGENET
+    return Splits(
+        private=split([train[i] for i in private]),
+        public=split([train[i] for i in public]),
+        test=split(test),
+        class_names=class_names,
+        published_statistics=IMAGENET,
     )
 
 
 def _hold_out(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions in `labels` (N,) of the private and of the public images."""
+    """The sorted indices into `labels` (N,) of the private and of the public images."""
     order = frozen_rng(0).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels, minlength=num_classes)  # (K,)
     quota = np.where(counts > 1, np.minimum(counts // 5, 5000 // num_classes).clip(min=1), 0)
-    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # (N,) within the class
+    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # (N,), within the class
     public = rank < np.repeat(quota, counts)
     return np.sort(order[~public]), np.sort(order[public])
 
 
 def _lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises UsageError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -259,45 +278,45 @@ def _lines(path: Path) -> list[str]:
 
 def _damaged(path: Path) -> UsageError:
     return UsageError(
-        f"{path}: incomplete or damaged; restore the original files, or delete the set to download it anew"
+        f"{path}: incomplete or damaged; restore the original files, or delete the data set to download it again"
     )
 
 
 def _download(folder: Path, url: str, fetch: Callable[[str], object]) -> None:
-    """Have `fetch` write the set into a scratch folder, then move it to `folder`: all of it or nothing.
+    """Download a data set with `fetch(scratch folder)`, then move it to `folder`: all of it or nothing.
 
-    Raises UsageError where there is no network, no room or no permission.
+    Raises UsageError if there is no network, disk space or permission.
     """
     try:
         if folder.parent.exists() and not folder.parent.is_dir():
             raise NotADirectoryError(f"{folder.parent} is a file")
-        _knock(url)
+        _check_reachable(url)
         nearest = next(parent for parent in folder.parents if parent.is_dir())
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".download-") as scratch, _impatient():
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".download-") as scratch, _socket_timeout():
             fetch(scratch)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # another run may have been faster
+            # another process may have downloaded it in the meantime
             if not folder.exists():
                 os.rename(os.path.join(scratch, folder.name), folder)
     except DAMAGED as error:
         raise UsageError(
-            f"{folder}: not there, and not to be downloaded ({one_line(error)});"
-            f" set BASE_DATADIR (--base-datadir) to the folder that holds {folder.name}"
+            f"{folder}: missing, and the download failed ({one_line(error)});"
+            f" set `base_datadir` (BASE_DATADIR) to the folder that holds {folder.name}"
         ) from None
 
 
-def _knock(url: str) -> None:
-    """Raises OSError unless `url` answers within PATIENCE, name look-up included, which no socket timeout bounds."""
+def _check_reachable(url: str) -> None:
+    """Raise OSError unless `url` answers within PATIENCE, including the name look-up, which has no socket timeout."""
     outcome: list[Exception | None] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE).close()
             outcome.append(None)
         except (OSError, HTTPException) as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     failure = outcome[0] if outcome else TimeoutError(f"no answer in {PATIENCE:g} s")
@@ -306,8 +325,8 @@ def _knock(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
-    """Sockets give up after PATIENCE, and what torchvision prints goes to standard error."""
+def _socket_timeout() -> Iterator[None]:
+    """Inside the block, sockets time out after PATIENCE, and torchvision prints to standard error."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:

@@ -1,20 +1,27 @@
-"""Norm clipping, the first half of DP-SGD. Abadi et al., CCS 2016. https://arxiv.org/abs/1607.00133"""
+"""Norm clipping, the first half of DP-SGD. Abadi et al., CCS 2016. https://arxiv.org/abs/1607.00133
 
-from collections.abc import Sequence
+g <- g min(1, bound / ||g||)            over all layers as one vector
+"""
 
 import torch
-from torch import Tensor
 
-from defenses.base import Defense, register
+from core.hyperparameters import hp
+from defenses.base import Counter, Defense, Tensors, register
 
 
 @register("clip")
 class Clip(Defense):
-    """The whole update is shortened to a norm of `strength` at the most: g min(1, C / |g|)."""
+    """Scale the whole update down to a norm of at most `bound`."""
 
-    paper = "Abadi et al.: Deep Learning with Differential Privacy. CCS 2016"
+    citation = "Abadi et al.: Deep Learning with Differential Privacy. CCS 2016"
 
-    def __call__(self, tensors: Sequence[Tensor], rng: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    bound: float = hp(1.0, "largest l2 norm of an update", gt=0)
+
+    def on_update(self, tensors: Tensors, rng: torch.Generator | None = None) -> Tensors:
         norm = torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
-        share = (self.strength / norm.clamp(min=1e-30)).clamp(max=1)
-        return tuple(t * share for t in tensors)
+        scale = (self.bound / norm.clamp(min=1e-30)).clamp(max=1)
+        return tuple(t * scale for t in tensors)
+
+    def counter(self) -> Counter:
+        """Clipping is deterministic: the attacker clips the update of its guess as well."""
+        return Counter(forward=self.on_update)

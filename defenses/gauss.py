@@ -1,24 +1,25 @@
-"""Gaussian noise on every entry of an update, the second half of DP-SGD. Abadi et al., CCS 2016."""
+"""Gaussian noise on every entry of an update, the second half of DP-SGD. Abadi et al., CCS 2016.
 
-from collections.abc import Sequence
+g <- g + N(0, sigma^2)                  entry by entry                         https://arxiv.org/abs/1607.00133
+"""
 
 import torch
-from torch import Tensor
 
-from defenses.base import Defense, register
+from core.hyperparameters import hp
+from defenses.base import Counter, Defense, Tensors, register
 
 
 @register("gauss")
 class Gauss(Defense):
-    """g + N(0, strength^2), entry by entry."""
+    """Add independent Gaussian noise of standard deviation `sigma`."""
 
-    paper = "Abadi et al.: Deep Learning with Differential Privacy. CCS 2016"
+    citation = "Abadi et al.: Deep Learning with Differential Privacy. CCS 2016"
 
-    @property
-    def noise(self) -> float:
-        return self.strength
+    sigma: float = hp(0.01, "standard deviation of the noise on an entry", gt=0)
 
-    def __call__(self, tensors: Sequence[Tensor], rng: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        if rng is None:
-            return tuple(tensors)
-        return tuple(t + self.strength * torch.randn(t.shape, generator=rng).to(t) for t in tensors)
+    def on_update(self, tensors: Tensors, rng: torch.Generator) -> Tensors:
+        return tuple(t + self.sigma * torch.randn(t.shape, generator=rng).to(t) for t in tensors)
+
+    def counter(self) -> Counter:
+        """The noise is unknown; its standard deviation is not."""
+        return Counter(noise=self.sigma)

@@ -1,44 +1,46 @@
-"""Accuracy of federated runs with and without an attack's block: the mean of each run's last rounds, seed by seed."""
+"""Accuracy of federated runs with and without an attack's block: the mean of each run's last rounds, over seeds."""
 
 import json
 import statistics
 from pathlib import Path
 
-from utils.cli import ROOT, fail, hp, settings
-from utils.report import number, table
-from utils.run import page
+from core.errors import UsageError
+from core.hyperparameters import hp, hyperparameters
+from core.paths import ROOT
+from report.tables import number, table
+from runner.cli import run_script
 
 
-@settings
+@hyperparameters
 class Flags:
-    out: Path = hp(ROOT / "results" / "utility", "where the finished runs of both lie")
-    last: int = hp(5, "rounds at the end of each run whose accuracy counts", least=1)
+    out: Path = hp(ROOT / "results" / "utility", "folder of the finished runs, with and without the attack")
+    last: int = hp(5, "number of rounds at the end of a run over which accuracy is averaged", ge=1)
 
 
 def main(flags: Flags) -> None:
     runs = []
-    for config in sorted(flags.out.glob("fed/*/*/config.json")):
-        if not (config.parent / "done").exists():
+    for path in sorted(flags.out.glob("fed/*/*/config.json")):
+        if not (path.parent / "done").exists():
             continue
-        told, summary = (json.loads((config.parent / name).read_text()) for name in ("config.json", "summary.json"))
-        rounds = [json.loads(line)["accuracy"] for line in (config.parent / "rounds.jsonl").read_text().splitlines()]
-        success = summary["success_rate"]
-        runs.append((told["attack"], told["flags"]["seed"], statistics.fmean(rounds[-flags.last :]), success))
+        config, summary = (json.loads((path.parent / name).read_text()) for name in ("config.json", "summary.json"))
+        rounds = [json.loads(line)["accuracy"] for line in (path.parent / "rounds.jsonl").read_text().splitlines()]
+        accuracy = statistics.fmean(rounds[-flags.last :])
+        runs.append((config["attack"], config["flags"]["seed"], accuracy, summary["success_rate"]))
     names = sorted({name for name, *_ in runs})
     if "baseline" not in names or len(names) < 2:
-        fail(f"{flags.out} holds no finished runs of baseline and of an attack to compare it with")
+        raise UsageError(f"{flags.out} holds no finished runs of baseline and of an attack to compare it with")
     rows = []
-    clean = [accuracy for name, _, accuracy, _ in runs if name == "baseline"]
+    baseline = statistics.fmean(accuracy for name, _, accuracy, _ in runs if name == "baseline")
     for name in names:
-        values, found = zip(*[(accuracy, success) for n, _, accuracy, success in runs if n == name], strict=True)
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        difference = statistics.fmean(values) - statistics.fmean(clean)
-        cells = (statistics.fmean(values), spread, difference, statistics.fmean(found))
+        values, recovered = zip(*[(accuracy, rate) for n, _, accuracy, rate in runs if n == name], strict=True)
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        mean = statistics.fmean(values)
+        cells = (mean, deviation, mean - baseline, statistics.fmean(recovered))
         rows.append([name, str(len(values)), *(number(v, 3) for v in cells)])
-    text = table(["attack", "seeds", "accuracy", "sd", "difference", "images recovered"], rows)
+    text = table(["attack", "seeds", "accuracy", "standard deviation", "difference", "recovered"], rows)
     (flags.out / "table.md").write_text(text + "\n")
     print(text)
 
 
 if __name__ == "__main__":
-    page(Flags, main)
+    run_script(Flags, main, __doc__)

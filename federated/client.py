@@ -1,50 +1,74 @@
-"""An honest client: it computes on its own images and lets only an `Update` out."""
+"""An honest client: it computes on its own examples and sends only an `Update`."""
 
 import copy
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from federated.wire import Batch, Recipe, Task, Update
+from core.protocol import LOSSES, Batch, Kind, Recipe, Task, Update, by_name
+from core.rng import seeded_global_rng
+from defenses.base import Gradient, Pipeline, Tensors, parse
 
 
 def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> Update:
-    """One gradient of the mean cross-entropy over `batch`, as in FedSGD.
+    """One gradient of the mean loss over `batch`, as in FedSGD.
 
-    `rng` draws the dropout masks when the recipe orders train mode, and a defence's noise. `model` is left as it was.
+    `rng` draws dropout masks when the recipe orders train mode, and a defence's noise. `model` is not changed.
     """
-    model = _private_copy(model, recipe)
-    with torch.random.fork_rng():
-        torch.manual_seed(_dropout_seed(rng))
-        loss = F.cross_entropy(model(task.to_model(batch.images)), batch.labels)
-    tensors = torch.autograd.grad(loss, list(model.parameters()))
-    return Update("gradient", _defended(tensors, recipe, rng), len(batch.labels), _buffers(model))
+    defense = parse(recipe.defense)
+    local = _private_copy(model, recipe, defense)
+    examples, labels = defense.on_batch(batch, rng)
+    with seeded_global_rng(rng):
+        grads = defense.on_gradient(lambda: _gradient(local, task.domain.to_model(examples), labels, recipe), rng)
+    tensors = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(local.parameters(), grads, strict=True))
+    return _update("gradient", local, tensors, len(batch.labels), defense, rng)
 
 
 def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> tuple[Update, float]:
     """A client's part of a FedAvg round: `recipe.steps` of SGD or Adam, then W_before - W_after.
 
-    `rng` shuffles the minibatches and draws the dropout masks and a defence's noise. Returns the update and the mean
-    training loss, which stays with the experimenter and does not ride on the wire. `model` is left as it was.
+    `rng` shuffles the minibatches and draws dropout masks and a defence's noise. Returns the update and the mean
+    training loss, which stays with the experimenter and is not sent. `model` is not changed.
     """
-    local = _private_copy(model, recipe)
+    defense = parse(recipe.defense)
+    local = _private_copy(model, recipe, defense)
+    before = [p.detach().clone() for p in local.parameters()]
     optimizer = _optimizer(local, recipe)
-    inputs = task.to_model(batch.images)
-    losses = []
-    schedule = recipe.batches(len(batch.labels), rng)
-    with torch.random.fork_rng():
-        torch.manual_seed(_dropout_seed(rng))
-        for indices, rate in zip(schedule, recipe.rates(len(schedule)), strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            loss = F.cross_entropy(local(inputs[indices]), batch.labels[indices])
-            optimizer.zero_grad()
-            loss.backward()
+    examples, labels = defense.on_batch(batch, rng)
+    inputs = task.domain.to_model(examples)
+    losses: list[float] = []
+    schedule = recipe.batches(len(labels), rng)
+    with seeded_global_rng(rng):
+        for indices, lr in zip(schedule, recipe.learning_rates(len(schedule)), strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            plain = partial(_gradient, local, inputs[indices], labels[indices], recipe, losses)
+            grads = defense.on_gradient(plain, rng)
+            for parameter, grad in zip(local.parameters(), grads, strict=True):
+                parameter.grad = grad
             optimizer.step()
-            losses.append(loss.item())
-    pairs = zip(model.parameters(), local.parameters(), strict=True)
-    delta = tuple((before - after).detach() for before, after in pairs)
-    return Update("delta", _defended(delta, recipe, rng), len(batch.labels), _buffers(local)), sum(losses) / len(losses)
+    delta = tuple((w - p.detach()) for w, p in zip(before, local.parameters(), strict=True))
+    return _update("delta", local, delta, len(batch.labels), defense, rng), sum(losses) / len(losses)
+
+
+def _gradient(
+    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, recipe: Recipe, losses: list[float] | None = None
+) -> Gradient:
+    """The plain gradient of a batch, None for a frozen or unused parameter; its loss is appended to `losses`."""
+    loss = LOSSES[recipe.loss](model(inputs), labels)
+    if losses is not None:
+        losses.append(loss.item())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    grads = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
+    return tuple(next(grads) if p.requires_grad else None for p in model.parameters())
+
+
+def _update(
+    kind: Kind, model: nn.Module, tensors: Tensors, num_examples: int, defense: Pipeline, rng: torch.Generator
+) -> Update:
+    sent = tuple(t.detach() for t in defense.on_update(tensors, rng))
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    return Update(kind, by_name(model, sent), num_examples, buffers)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -53,19 +77,5 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def _defended(tensors: tuple[torch.Tensor, ...], recipe: Recipe, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
-    sent = tensors if recipe.defense is None else recipe.defense(tensors, rng)
-    return tuple(t.detach() for t in sent)
-
-
-def _private_copy(model: nn.Module, recipe: Recipe) -> nn.Module:
-    return copy.deepcopy(model).train(recipe.model_mode == "train")
-
-
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: b.detach().clone() for name, b in model.named_buffers()}
-
-
-def _dropout_seed(rng: torch.Generator) -> int:
-    """Dropout draws from torch's global stream, which is seeded from the client's own for the while."""
-    return int(torch.randint(2**62, (), generator=rng))
+def _private_copy(model: nn.Module, recipe: Recipe, defense: Pipeline) -> nn.Module:
+    return defense.on_model(copy.deepcopy(model)).train(recipe.model_mode == "train")

@@ -1,16 +1,15 @@
-"""A network as a pure function of its weights, so that an attack can differentiate through a client's training."""
+"""A network as a pure function of its weights: an attack differentiates through a client's training with it."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from federated.wire import Recipe
+from core.protocol import LOSSES, Recipe
 from models.winograd import WinogradConv, taps_first
 
 CHECKPOINT_FROM = 4  # local steps
@@ -18,58 +17,81 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's
 
 
 class MetaModel:
-    """Logits, gradients and local training of `module`, differentiable with respect to images and soft labels.
+    """Logits, gradients and local training of `module`, differentiable with respect to inputs and soft labels.
 
-    Works on a private copy: mode, buffers, `requires_grad` and `.grad` of `module` are never touched. `mode` is how
-    BatchNorm (any layer with a `running_mean`) behaves: "train" normalises by the batch, and every call starts from
-    the running statistics that were broadcast. Everything else stays in eval mode, so dropout is off: a server does
-    not know the client's masks, and masks of its own would make its objective random.
-
-    Weights, and all that is shaped like them, come as tuples in the order of `module.parameters()`.
-    Take outer derivatives with `torch.autograd.grad(objective, [x])`: `objective.backward()` would also
-    differentiate with respect to the weights, and nobody reads that.
+    Works on a private copy: mode, buffers, `requires_grad` and `.grad` of `module` are never touched. Weights, and all
+    that is shaped like them, are tuples in the order of `module.parameters()`. Take outer derivatives with
+    `torch.autograd.grad(objective, [x])`: `objective.backward()` would also differentiate with respect to the weights.
     """
 
-    def __init__(self, module: nn.Module, mode: Literal["eval", "train"] = "eval") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mode: Literal["eval", "train"] = "eval",
+        *,
+        loss: str = "cross_entropy",
+        fast_convs: Tensor | None = None,
+        conv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        mode: how BatchNorm (any layer with a `running_mean`) behaves. "train" normalises by the batch, and every call
+            starts from the running statistics that were broadcast. Everything else stays in eval mode, so dropout is
+            off: a server does not know the client's masks, and masks of its own would make its objective random.
+        loss: a name in `core.protocol.LOSSES`.
+        fast_convs: inputs of the shape the model will be called with; 3x3 convolutions on which Winograd's algorithm
+            pays are then replaced by it. None keeps torch's convolutions.
+        conv_dtype: what fast convolutions compute in, such as torch.bfloat16. None: the dtype of their input.
+        """
         assert mode in ("eval", "train"), f"mode {mode}"
         self._module = deepcopy(module).eval()
+        self._mode, self._loss_name = mode, loss
+        if fast_convs is not None:
+            self._use_fast_convs(fast_convs)
+        self._set_up(conv_dtype)
+
+    def _set_up(self, conv_dtype: torch.dtype | None) -> None:
+        """Everything that depends on the layers of the private copy."""
+        self._loss, self._conv_dtype = LOSSES[self._loss_name], conv_dtype
         self._parameters = tuple(self._module.parameters())
         self._trainable = tuple(p.requires_grad for p in self._parameters)
         self.weights = tuple(p.detach() for p in self._parameters)
 
-        # where each parameter stands: one name per place, so a tied weight has several and a shared module's has one
+        # one name per place of a parameter: a tied weight has several places, a shared module's has one
         index = {id(p): i for i, p in enumerate(self._parameters)}
         self._places: list[tuple[str, int]] = []
         self._statistics: dict[str, Tensor] = {}
         for prefix, layer in self._module.named_modules():
             for name, p in layer.named_parameters(prefix, recurse=False, remove_duplicate=False):
                 self._places.append((name, index[id(p)]))
-            if mode == "train" and hasattr(layer, "running_mean"):
+            if self._mode == "train" and hasattr(layer, "running_mean"):
                 layer.training = True
                 self._statistics.update(layer.named_buffers(prefix, recurse=False))
+            if isinstance(layer, WinogradConv):
+                layer.compute_dtype = conv_dtype
 
-    def hasten(self, x: Tensor) -> None:
-        """From here on 3x3 convolutions of inputs like `x` take a quarter of the products, where that pays."""
+    def _use_fast_convs(self, inputs: Tensor) -> None:
         shapes: dict[nn.Module, torch.Size] = {}
         layers = [m for m in self._module.modules() if type(m) is nn.Conv2d]
         hooks = [m.register_forward_pre_hook(lambda m, x: shapes.update({m: x[0].shape})) for m in layers]
         with torch.no_grad():
-            self(x)
+            self._module(inputs)
         for hook in hooks:
             hook.remove()
         for layer in layers:
-            if layer in shapes and WinogradConv.suits(layer, shapes[layer]):
-                WinogradConv.instead_of(layer)
-        self.weights = tuple(p.detach() for p in self._parameters)
+            if layer in shapes and WinogradConv.is_applicable(layer, shapes[layer]):
+                WinogradConv.convert_(layer)
 
-    def halve(self, wanted: bool) -> None:
-        """Whether hastened convolutions are computed in bfloat16."""
-        for layer in self._module.modules():
-            if isinstance(layer, WinogradConv):
-                layer.products = torch.bfloat16 if wanted else None
+    def full_precision(self) -> "MetaModel":
+        """The same model, with the same weights, whose convolutions compute in the dtype of their input."""
+        if self._conv_dtype is None:
+            return self
+        other = copy(self)
+        other._module = deepcopy(self._module, memo={id(p): p for p in self._parameters})
+        other._set_up(conv_dtype=None)
+        return other
 
-    def laid_out(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Tensors shaped as the weights, in memory as the gradients lie: to read both in one go."""
+    def to_memory_format(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Tensors shaped as the weights, laid out in memory as the gradients are: both can then be read in one go."""
         fast = {id(m.weight) for m in self._module.modules() if isinstance(m, WinogradConv)}
         pairs = zip(self._parameters, tensors, strict=True)
         return tuple(taps_first(t) if id(p) in fast else t for p, t in pairs)
@@ -105,7 +127,7 @@ class MetaModel:
         checkpoint: bool | None = None,
     ) -> tuple[Tensor, ...]:
         """W_0 - W_T after a client's steps on the T batches of indices into `images`, as `recipe` orders them."""
-        rates, decay = recipe.rates(len(batches)), recipe.weight_decay
+        rates, decay = recipe.learning_rates(len(batches)), recipe.weight_decay
         if recipe.optimizer == "adam":
             return self.adam(images, labels, batches, rates, decay, create_graph, checkpoint)
         return self.sgd(images, labels, batches, rates, recipe.momentum, decay, create_graph, checkpoint)
@@ -129,9 +151,9 @@ class MetaModel:
         each step. The graph is built only if images or labels ask for a gradient. As in torch, a frozen or unused
         weight does not even decay.
 
-        `checkpoint` keeps of each step only its weights and computes it again on the way back: memory for one step's
-        graph instead of T, at a third more time. None: from CHECKPOINT_FROM steps on. The steps are summed up rather
-        than the weights subtracted, for W_0 - W_T has few digits left where lr is small.
+        `checkpoint` stores only the weights of each step and recomputes the step in the backward pass: memory for one
+        step's graph instead of T, at a third more time. None: from CHECKPOINT_FROM steps on. The steps are summed,
+        because W_0 - W_T has few correct digits where lr is small.
         """
         velocity: list[Tensor | None] = [None] * len(self.weights)
 
@@ -161,7 +183,7 @@ class MetaModel:
         def direction(i: int, step: int, d: Tensor) -> Tensor:
             m = mean[i] = beta1 * mean[i] + (1 - beta1) * d
             v = square[i] = beta2 * square[i] + (1 - beta2) * d * d
-            # a weight no step has moved yet: the root's slope at zero is infinite, and zero times that is no number
+            # a weight no step has moved yet: the derivative of the root at zero is infinite, and zero times that is nan
             moved = v > 0
             root = torch.where(moved, v, 1.0).sqrt() * moved
             return m / (1 - beta1 ** (step + 1)) / (root / (1 - beta2 ** (step + 1)) ** 0.5 + eps)
@@ -210,9 +232,9 @@ class MetaModel:
                 pairs = zip(weights, self._trainable, strict=True)
                 weights = [w.detach().requires_grad_() if t and not w.requires_grad else w for w, t in pairs]
                 logits = self(x, weights)
-            wanted = [w for w, t in zip(weights, self._trainable, strict=True) if t]
+            trained = [w for w, t in zip(weights, self._trainable, strict=True) if t]
             found = iter(
-                torch.autograd.grad(F.cross_entropy(logits, y), wanted, create_graph=create_graph, allow_unused=True)
+                torch.autograd.grad(self._loss(logits, y), trained, create_graph=create_graph, allow_unused=True)
             )
         return [next(found) if trainable else None for trainable in self._trainable]
 
@@ -229,14 +251,14 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         tensors = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
         x, y, *weights = inputs
         grads = ctx.meta._gradient(x, y, weights, create_graph=True)
-        pairs = [(g, s) for g, s in zip(grads, slopes, strict=True) if g is not None and s is not None]
-        wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+        pairs = [(g, s) for g, s in zip(grads, grad_outputs, strict=True) if g is not None and s is not None]
+        differentiated = [t for t, n in zip(inputs, needed, strict=True) if n]
         outputs, gains = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, gains, allow_unused=True))
+        found = iter(torch.autograd.grad(outputs, differentiated, gains, allow_unused=True))
         return None, *(next(found) if n else None for n in needed)

@@ -1,11 +1,11 @@
-"""3x3 convolutions from a quarter of the products. Winograd 1980; Lavin, Gray, CVPR 2016. https://arxiv.org/abs/1509.09308
+"""3x3 convolutions with a quarter of the multiplications. Winograd 1980; Lavin, Gray, CVPR 2016. https://arxiv.org/abs/1509.09308
 
     y = A^T [ (G w G^T) * (B^T d B) ] A        for each 4x4 tile of the output, from the 6x6 tile d of the input
 
 One tile and one pair of channels take 36 products instead of 144, and all tiles and channels together are 36 matrix
-products. What surrounds them is linear with fixed matrices, so the derivative of the derivative, which an attack
-lives on, is made of such products as well. In float32 the result is a convolution's to 1e-6; in bfloat16, whose digits
-B and A fit, a slope keeps more than four signs of five, and signs are all that a signed descent reads.
+products. The transforms around them are linear with fixed matrices, so second derivatives, which gradient matching
+needs, are matrix products as well. In float32 the result equals a convolution's to 1e-6. In bfloat16, in which the
+entries of B and A are exact, more than four of five signs of a gradient are kept: all that a signed descent uses.
 """
 
 import math
@@ -53,13 +53,13 @@ A, G, B = (torch.kron(m, m) for m in bilinear(POINTS, 3))  # (16, 36), (36, 9), 
 
 
 class WinogradConv(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1, computed in `products` between its input and its output."""
+    """A 3x3 convolution of stride 1 and padding 1, computed in `compute_dtype` between its input and its output."""
 
-    products: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
 
     @staticmethod
-    def suits(layer: nn.Module, shape: Sequence[int]) -> bool:
-        """Whether `layer` is a convolution that gains by it, on inputs of `shape` (N, C, H, W)."""
+    def is_applicable(layer: nn.Module, shape: Sequence[int]) -> bool:
+        """Whether `layer` is a convolution that is faster this way, on inputs of `shape` (N, C, H, W)."""
         return (
             type(layer) is nn.Conv2d
             and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
@@ -69,15 +69,15 @@ class WinogradConv(nn.Conv2d):
         )
 
     @staticmethod
-    def instead_of(layer: nn.Conv2d) -> None:
-        """Make `layer` one, in place: its parameters stay the same objects."""
+    def convert_(layer: nn.Conv2d) -> None:
+        """Turn `layer` into a WinogradConv in place; its parameters stay the same objects."""
         layer.__class__ = WinogradConv
         layer.weight.data = taps_first(layer.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
         rows, columns = math.ceil(height / TILE), math.ceil(width / TILE)
-        kind = self.products or x.dtype
+        kind = self.compute_dtype or x.dtype
         w = self.weight.permute(2, 3, 0, 1).reshape(9, -1)
         w = (G.to(x) @ w).view(PATCH**2, self.out_channels, self.in_channels).to(kind)
         d = _Patches.apply(x, rows, columns, kind).view(PATCH**2, -1)
@@ -93,12 +93,12 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies matrices in bfloat16 faster than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    told = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3) as it was, but in memory (3, 3, O, C): as the matrix product with G makes gradients."""
+    """The same tensor (O, C, 3, 3), in memory as (3, 3, O, C): the layout of gradients from the product with G."""
     return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
@@ -113,8 +113,8 @@ class _Patches(torch.autograd.Function):
         return x.unfold(2, PATCH, TILE).unfold(3, PATCH, TILE).permute(4, 5, 1, 0, 2, 3).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Overlap.apply(slopes[0], ctx.shape, ctx.back), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Overlap.apply(grad_outputs[0], ctx.shape, ctx.back), None, None, None
 
 
 class _Overlap(torch.autograd.Function):
@@ -136,5 +136,5 @@ class _Overlap(torch.autograd.Function):
         return image[..., 1 : height + 1, 1 : width + 1]
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        return _Patches.apply(slopes[0], *ctx.tiles, ctx.back), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _Patches.apply(grad_outputs[0], *ctx.tiles, ctx.back), None, None

@@ -1,7 +1,8 @@
-"""python killer.py KILLS OUT page.py flags: runs a command to its end, then once more, killed KILLS times on the way.
+"""python killer.py KILLS OUT page.py flags: runs a command to its end, then again, killed KILLS times on the way.
 
-States are saved between any two steps, and each kill comes a moment after one. Runs are forked from a process that has
-run the command before, so that a kill costs no start-up. Results go to OUT/whole and OUT/killed; prints the kills.
+States are saved after every step, and each kill comes shortly after a save. Runs are forked from a process that has
+run the command before, so that a kill costs no start-up. Results go to OUT/whole and OUT/killed. Prints the number of
+kills that hit a run under way.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils import results
+from runner import store
 
 
 def run(page: str, flags: list[str]) -> None:
@@ -23,7 +24,7 @@ def run(page: str, flags: list[str]) -> None:
 
 
 def stamps(folder: Path) -> set[tuple[Path, int]]:
-    """States that are there, and when they were written."""
+    """Saved states, and when they were written."""
     found = set()
     for path in folder.rglob("*.state"):
         with contextlib.suppress(FileNotFoundError):
@@ -32,7 +33,7 @@ def stamps(folder: Path) -> set[tuple[Path, int]]:
 
 
 def killed(page: str, flags: list[str], out: Path, wait: float) -> bool:
-    """Whether the run was still on its way `wait` seconds after it had saved a state."""
+    """Kill a run `wait` seconds after it has saved a state; whether it had not finished before."""
     before = stamps(out)
     child = os.fork()
     if not child:
@@ -50,7 +51,7 @@ def killed(page: str, flags: list[str], out: Path, wait: float) -> bool:
 
 def main() -> None:
     kills, out, page, *flags = sys.argv[1:]
-    results.SAVE_EVERY = 0.0
+    store.SAVE_EVERY = 0.0
     run(page, [*flags, "--out", f"{out}/whole"])
     rng = random.Random(0)
     again = [*flags, "--out", f"{out}/killed"]

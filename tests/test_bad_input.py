@@ -48,6 +48,11 @@ def weights_that_are_none(tmp: Path) -> list[str]:
     return ["dlg", "--weights", str(tmp / "w.safetensors")]
 
 
+def weights_of_another_shape(tmp: Path) -> list[str]:
+    torch.save(build("lenet", (1, 32, 32), 8).state_dict(), tmp / "w.pt")
+    return ["dlg", "--weights", str(tmp / "w.pt")]
+
+
 def unwritable(tmp: Path) -> list[str]:
     (tmp / "file").write_text("in the way")
     return ["baseline", "--out", str(tmp / "file" / "results")]
@@ -56,6 +61,14 @@ def unwritable(tmp: Path) -> list[str]:
 GRAD = {
     "unknown attack": (["dgl"], "dlg"),
     "no attack": ([], ""),
+    "public images that an attack needs": (["ggl", "--public", "none"], "--public none"),
+    "a renamed flag": (["dlg", "--reading", "average"], "--update-model"),
+    "a sweep over an attack that does not exist": (["dlg", "--sweep", "attack=dlg,dgl"], "dlg"),
+    "a hyperparameter that one attack of a sweep does not have": (
+        ["dlg", "--tv", "1", "--sweep", "attack=dlg,baseline"],
+        "--tv",
+    ),
+    "channels of another model's weights": (weights_of_another_shape, "w.pt"),
     "a share over one": (["sme", "--alpha", "1.5"], "at most 1"),
     "unknown model": (["dlg", "--model", "lennet"], "lenet"),
     "unknown dataset": (["dlg", "--dataset", "photoz"], "photos"),
@@ -79,7 +92,7 @@ GRAD = {
     "another model's weights": (weights_of_another_model, "w.pt"),
     "no weights": (weights_that_are_none, "w.safetensors"),
     "missing weights": (["dlg", "--weights", "/no/such/file"], "/no/such/file"),
-    "unrolled gradient": (["dlg", "--reading", "unrolled"], "main_fed"),
+    "unrolled gradient": (["dlg", "--update-model", "unrolled"], "gradient"),
     "bad sweep": (["dlg", "--sweep", "iterations"], "--sweep"),
     "sweep with a bad point": (["dlg", "--sweep", "trials=1,0"], "--trials"),
     "sweep twice": (["dlg", "--sweep", "seed=0,1", "seed=2,3"], "twice"),
@@ -87,7 +100,7 @@ GRAD = {
     "sweep of nothing": (["dlg", "--sweep"], "--sweep"),
     "sweep of jobs": (["dlg", "--sweep", "jobs=1,2"], "jobs"),
     "infinite": (["dlg", "--lr", "inf"], "--lr"),
-    "a reading of a gradient": (["dlg", "--reading", "average"], "main_fed"),
+    "an update model of a gradient": (["dlg", "--update-model", "single_step"], "gradient"),
     "a rule for one image": (["idlg", "--label-rule", "row_sum", "--batch-size", "2"], "row_sum"),
     "image too small": (["dlg", "--image-size", "2"], "image-size"),
 }

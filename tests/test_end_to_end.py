@@ -113,7 +113,7 @@ def test_ctrl_c_ends_at_once_with_its_workers(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "the same command goes on" in error
+    assert "the same command continues the run" in error
     assert "Traceback" not in error
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and _alive_in_session(process.pid):
@@ -150,9 +150,9 @@ def test_a_sweep_ends_with_one_table(tmp_path: Path) -> None:
     assert (folder / "plot.png").exists()
     runs = [str(p.parent) for p in sorted((tmp_path / "fed" / "dlg").glob("*/done"))]
     report = subprocess.run(
-        [sys.executable, "-m", "utils.report", *runs], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "report", *runs], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "local_epochs" in report.stdout.splitlines()[0]
+    assert "local-epochs" in report.stdout.splitlines()[0]
     assert len(report.stdout.strip().splitlines()) == 6
 
 

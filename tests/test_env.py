@@ -1,41 +1,53 @@
-"""The shell side: which interpreter experiments/env.sh settles on, and what it does when none has the requirements."""
+"""Which interpreter experiments/env.sh chooses, and what requirements_met.py installs if none has the requirements."""
 
+import ast
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import time
+import venv
 import zipfile
-from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from experiments import requirements_met
+
 ROOT = Path(__file__).resolve().parent.parent
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
 SCRIPTS = sorted([*ROOT.glob("experiments/**/*.sh"), *ROOT.glob("tests/*.sh")])
 
-# Plays a system Python and, copied into .venv/bin, an environment's: answers env.sh, and writes down what it did.
+# Stands in for a Python: answers for requirements_met.py, writes down each such call, and prints the others.
 FAKE = """#!/bin/sh
 here=$(cd "$(dirname "$0")/.." && pwd)
-case "$1 $2" in
-"-c "*base_prefix*)
-    echo "${FAKE_VERSION:-3.12}"
-    [ -d "$here/lib" ] && echo "$here" || echo
-    [ -e "$here/installed" ] || echo "tiny>=1" ;;
-"-c "*ensurepip*) exit "${FAKE_NO_VENV:-0}" ;;
-"-c import pip"*) [ ! -e "$here/no pip" ] ;;
-"-c "*) ;;
-"-m venv") echo venv >>"$LOG"; mkdir -p "$3/bin" "$3/lib/python3.12/site-packages"; cp "$0" "$3/bin/python" ;;
-"-m ensurepip") echo ensurepip >>"$LOG"; rm "$here/no pip" ;;
-"-m pip") echo pip >>"$LOG"; [ -z "$FAKE_KILL" ] || kill -9 "$PPID"
-    sleep "${FAKE_SLOW:-0}"
-    [ -z "$FAKE_FAIL" ] || { echo "ERROR: no such package" >&2; exit 1; }
-    touch "$here/installed" ;;
+case "$2 $3" in
+*"requirements_met.py --install")
+    echo install >>"$LOG"
+    [ -z "$FAKE_REFUSES" ] || { echo "refused: no network" >&2; exit 2; }
+    if [ ! -d "$here/lib" ]; then
+        mkdir -p "$5/bin" "$5/lib/python3.12/site-packages" && cp "$0" "$5/bin/python" && here=$5
+    fi
+    touch "$here/installed" && echo "$here/bin/python" ;;
+*requirements_met.py*) echo check >>"$LOG"; [ -e "$here/installed" ] || exit 3 ;;
 *) printf '%s\\n' "$0" "$@" ;;
 esac
+"""
+
+# Stands in for pip in a real environment.
+PIP = """
+import os, pathlib, signal, sys, time
+with open(os.environ["LOG"], "a") as log:
+    print("pip", file=log)
+info = pathlib.Path(__file__).parents[1] / "tiny-1.0.dist-info"
+info.mkdir(exist_ok=True)
+if os.environ.get("TOY_KILLS"):
+    os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(float(os.environ.get("TOY_SLEEPS", 0)))
+if os.environ.get("TOY_KILLS") or os.environ.get("TOY_FAILS"):
+    sys.exit("ERROR: no such package")
+(info / "METADATA").write_text("Metadata-Version: 2.1\\nName: tiny\\nVersion: 1.0\\n")
 """
 
 
@@ -48,10 +60,9 @@ def shell(request):
 def root(tmp_path):
     """The shell files, one made-up requirement, and a main_grad.py that prints its interpreter and flags."""
     root = tmp_path / "a clone of it"
-    for script in (ROOT / "experiments/env.sh", ROOT / "experiments/grad/dlg.sh", ROOT / "tests/run.sh"):
-        target = root / script.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(script, target)
+    for file in ("experiments/env.sh", "experiments/requirements_met.py", "experiments/grad/dlg.sh", "tests/run.sh"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, root / file)
     (root / "requirements.txt").write_text("tiny>=1  # made up\n")
     (root / "tests/requirements.txt").write_text("-r ../requirements.txt\n")
     (root / "main_grad.py").write_text("import sys\nprint(sys.executable, *sys.argv[1:], sep='\\n')\n")
@@ -63,6 +74,18 @@ def fake(folder, name="python3"):
     (folder / name).write_text(FAKE)
     (folder / name).chmod(0o755)
     return folder / name
+
+
+def real(folder):
+    """A virtual environment with the stand-in for pip."""
+    venv.create(folder, symlinks=True)
+    (site,) = (folder / "lib").glob("python3*/site-packages")
+    (site / "pip-1.0.dist-info").mkdir()
+    (site / "pip-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: pip\nVersion: 1.0\n")
+    (site / "pip").mkdir()
+    (site / "pip/__init__.py").touch()
+    (site / "pip/__main__.py").write_text(PIP)
+    return folder / "bin/python"
 
 
 def environment(root, **variables):
@@ -86,8 +109,11 @@ def run(shell, root, *flags, script="experiments/grad/dlg.sh", cwd=None, **varia
 
 
 def done(root):
-    """What the fake Pythons did, in order."""
-    return (root / "log").read_text().splitlines() if (root / "log").exists() else []
+    """What the stand-ins did, in order; forgotten once told."""
+    log = root / "log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("")
+    return lines
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -120,13 +146,8 @@ def test_the_environment_wins_and_directories_stay(shell, root):
     (root / "main_grad.py").write_text("import os, sys\nprint(os.getcwd(), *sys.argv[1:6], sep='\\n')\nsys.exit(7)\n")
     stand = root / "experiments/grad"
     (stand / "random.py").write_text("raise SystemExit('this is not the standard library')\n")
-    ran = subprocess.run(
-        [shell, "dlg.sh"],
-        cwd=stand,
-        env=environment(root, PYTHON=sys.executable, BASE_DATADIR="../my data", DATASET="mnist", CDPATH=root.parent),
-        capture_output=True,
-        text=True,
-    )
+    variables = {"PYTHON": sys.executable, "BASE_DATADIR": "../my data", "DATASET": "mnist", "CDPATH": root.parent}
+    ran = run(shell, stand, script="dlg.sh", cwd=stand, **variables)
     assert ran.stdout.splitlines() == [str(stand), "dlg", "--dataset", "mnist", "--base-datadir", "../my data"]
     assert (ran.returncode, ran.stderr) == (7, "")
 
@@ -139,21 +160,24 @@ def test_pytest_gets_its_flags(shell, root):
 
 
 def test_order_of_preference(shell, root):
-    """Given, then active, then .venv, then the PATH; each is dropped in turn."""
+    """Given, then active, then .venv, then the PATH; one that lacks requirements gives way to one that has them."""
     chosen = fake(root.parent / "chosen/bin", "python")
     active = fake(root.parent / "active/bin", "python")
     conda = fake(root.parent / "conda/bin", "python")
     local = fake(root / ".venv/bin", "python")
     path = fake(root.parent / "fake bin")
+    (root.parent / "active/lib").mkdir()
     for python in (chosen, active, conda, local, path):
         (python.parent.parent / "installed").touch()
     variables = {"PYTHON": chosen, "VIRTUAL_ENV": active.parent.parent, "CONDA_PREFIX": conda.parent.parent}
-    for expected, drop in ((chosen, "PYTHON"), (active, "VIRTUAL_ENV"), (conda, "CONDA_PREFIX"), (local, None)):
+    assert run(shell, root, **variables).stdout.splitlines()[0] == str(chosen)
+    del variables["PYTHON"]
+    for expected in (active, conda, local, path):
         assert run(shell, root, **variables).stdout.splitlines()[0] == str(expected)
-        variables.pop(drop, None)
-    shutil.rmtree(root / ".venv")
-    assert run(shell, root).stdout.splitlines()[0] == str(path)
-    assert done(root) == []
+        (expected.parent.parent / "installed").unlink()
+    assert "install" not in done(root)
+    assert run(shell, root, **variables).stdout.splitlines()[0] == str(active)
+    assert done(root)[-1] == "install" and not (conda.parent.parent / "installed").exists()
 
 
 # ---- otherwise it is installed, once, and never into the system's
@@ -163,91 +187,143 @@ def test_a_system_python_gets_a_venv_once(shell, root):
     fake(root.parent / "fake bin")
     first, second = run(shell, root), run(shell, root)
     assert first.returncode == second.returncode == 0
-    assert f"Installing into {root}/.venv: tiny>=1" in first.stderr and "PYTHON=" in first.stderr
-    assert second.stderr == "" and first.stdout == second.stdout
+    assert first.stdout == second.stdout and second.stderr == ""
     assert first.stdout.splitlines()[0] == f"{root}/.venv/bin/python"
-    assert done(root) == ["venv", "pip"]
-    assert not (root.parent / "installed").exists(), "installed into the system"
+    assert done(root).count("install") == 1 and not (root.parent / "installed").exists()
 
 
-def test_an_environment_is_completed_in_place(shell, root):
-    active = fake(root.parent / "my env/bin", "python")
-    (root.parent / "my env/lib").mkdir()
-    ran = run(shell, root, VIRTUAL_ENV=root.parent / "my env")
-    assert ran.returncode == 0 and f"Installing into {root.parent}/my env: tiny>=1" in ran.stderr
-    assert ran.stdout.splitlines()[0] == str(active)
-    assert done(root) == ["pip"] and not (root / ".venv").exists()
+def test_a_given_system_python_is_not_changed_and_the_user_is_told(shell, root):
+    given = fake(root.parent / "given", "python")
+    ran = run(shell, root, PYTHON=given)
+    assert ran.returncode == 0 and ran.stdout.splitlines()[0] == f"{root}/.venv/bin/python"
+    assert ran.stderr == f"PYTHON={given} did not meet the requirements: using {root}/.venv/bin/python.\n"
 
 
-def test_the_size_of_torch_is_said(root):
-    path = fake(root.parent / "fake bin")
-    path.write_text(FAKE.replace("tiny>=1", "torch>=2.6,<3"))
-    assert "GB to download" in run("sh", root).stderr
-
-
-def test_a_finished_check_asks_nobody_until_something_changes(shell, root):
-    path = fake(root.parent / "fake bin")
+def test_no_python_starts_to_check_a_venv_until_something_changes(shell, root):
+    fake(root.parent / "fake bin")
     assert run(shell, root).returncode == 0
-    for python in (path, root / ".venv/bin/python"):
-        python.write_text(python.read_text().replace("#!/bin/sh", '#!/bin/sh\necho "$1" >>"$LOG"', 1))
-    (root / "log").unlink()
+    done(root)
     run(shell, root)
-    assert done(root) == [str(root / "main_grad.py")]  # the experiment, and no question before it
+    assert done(root) == []
     time.sleep(0.01)
     (root / ".venv/lib/python3.12/site-packages/tiny.dist-info").mkdir()  # a package came, or went
     run(shell, root)
-    assert done(root)[1:] == ["-c", str(root / "main_grad.py")]
+    assert done(root) == ["check"]
+    run(shell, root)
+    assert done(root) == []
     (root / "requirements.txt").write_text("tiny>=1\nother\n")
     run(shell, root)
-    assert done(root)[3:] == ["-c", str(root / "main_grad.py")]
+    assert done(root) == ["check"]
+
+
+def test_an_environment_is_completed_in_place(root):
+    active = real(root.parent / "my env")
+    first = run("sh", root, VIRTUAL_ENV=root.parent / "my env")
+    assert first.returncode == 0 and f"Installing into {root.parent}/my env: tiny>=1" in first.stderr
+    assert "PYTHON=" in first.stderr and "GB" not in first.stderr
+    second = run("sh", root, VIRTUAL_ENV=root.parent / "my env")
+    assert second.stdout == first.stdout and second.stderr == ""
+    assert first.stdout.splitlines()[0] == str(active)
+    assert done(root) == ["pip"] and not (root / ".venv").exists()
 
 
 def test_killed_in_pip_and_finished_by_the_next_run(shell, root):
-    fake(root.parent / "fake bin")
-    assert run(shell, root, FAKE_KILL=1, FAKE_FAIL=1).returncode == -9
+    python = real(root / ".venv")
+    killed = run(shell, root, TOY_KILLS=1)
+    assert killed.returncode == 2 and killed.stdout == ""
     assert not list((root / ".venv").glob(".satisfies*"))
     again = run(shell, root)
-    assert again.returncode == 0 and again.stdout.splitlines()[0] == f"{root}/.venv/bin/python"
-    assert done(root) == ["venv", "pip", "pip"]
-
-
-@pytest.mark.parametrize("left", ["nothing in it", "a dead link", "a python that does not run"])
-def test_half_made_venv_is_made_again(left, root):
-    fake(root.parent / "fake bin")
-    python = root / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    if left == "a dead link":
-        python.symlink_to("/nowhere/python3")
-    elif left == "a python that does not run":
-        python.write_text("#!/bin/sh\nexit 1\n")
-        python.chmod(0o755)
-    ran = run("sh", root)
-    assert ran.returncode == 0 and ran.stdout.splitlines()[0] == str(python)
-    assert done(root) == ["venv", "pip"]
-
-
-def test_half_made_pip_is_made_again(root):
-    fake(root / ".venv/bin", "python")
-    site = root / ".venv/lib/python3.12/site-packages"
-    (site / "pip/_vendor").mkdir(parents=True)
-    (site / "pip-24.dist-info").mkdir()
-    (root / ".venv/no pip").touch()
-    assert run("sh", root).returncode == 0
-    assert done(root) == ["ensurepip", "pip"] and not list(site.iterdir())
+    assert again.returncode == 0 and again.stdout.splitlines()[0] == str(python)
+    assert done(root) == ["pip", "pip"]
 
 
 def test_two_first_runs_install_once(root):
-    """The fakes leave the lock to the real Python: .venv is there and lacks the requirement."""
-    python = fake(root / ".venv/bin", "python")
-    real = f'"-c "*flock*) exec {shlex.quote(sys.executable)} "$@" ;;'
-    python.write_text(FAKE.replace('"-c "*) ;;', f'{real}\n"-c "*) ;;'))
-    (root / ".venv/lib/python3.12/site-packages").mkdir(parents=True)
-    command, variables = [SHELLS[0], str(root / "experiments/grad/dlg.sh")], environment(root, FAKE_SLOW=1)
+    real(root / ".venv")
+    command, variables = [SHELLS[0], str(root / "experiments/grad/dlg.sh")], environment(root, TOY_SLEEPS=1)
     runs = [subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [r.communicate(timeout=30)[1] for r in runs]
     assert [r.returncode for r in runs] == [0, 0]
     assert done(root) == ["pip"]
     assert sum("waiting" in s for s in said) == 1, said
+
+
+@pytest.mark.parametrize("left", ["nothing", "a dead link", "a Python that does not run", "no configuration"])
+def test_a_half_made_venv_is_made_again(left, root, monkeypatch):
+    python = root / ".venv/bin/python"
+    if left == "a dead link":
+        python.parent.mkdir(parents=True)
+        python.symlink_to("/nowhere/python3")
+    elif left != "nothing":
+        real(root / ".venv")
+        if left == "no configuration":
+            (root / ".venv/pyvenv.cfg").unlink()
+        else:
+            python.unlink()
+            python.write_text("#!/bin/sh\nexit 1\n")
+            python.chmod(0o755)
+    calls = []
+    monkeypatch.setattr(requirements_met, "environment", lambda: None)
+    monkeypatch.setattr(requirements_met, "lock", lambda _: -1)
+    monkeypatch.setattr(requirements_met, "call", lambda *command, **_: calls.append(command[1:]) or True)
+    monkeypatch.setattr(os, "execv", lambda python, _: sys.exit(python))
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=str(python)):
+            requirements_met.install(str(root / "requirements.txt"), str(root / ".venv"))
+        shutil.rmtree(root / ".venv", ignore_errors=True)
+        real(root / ".venv")
+    assert calls == [("-m", "venv", "--clear", str(root / ".venv"))]
+
+
+@pytest.mark.parametrize("left", ["no record", "lost modules"])
+def test_a_half_made_pip_is_made_again(left, root):
+    python = real(root / ".venv")
+    (site,) = (root / ".venv/lib").glob("python3*/site-packages")
+    made = root.parent / "modules"
+    shutil.copytree(site / "pip", made / "made pip")
+    (made / "ensurepip.py").write_text(
+        "import pathlib, shutil, sysconfig\nhere = pathlib.Path(__file__).parent\n"
+        "shutil.copytree(here / 'made pip', sysconfig.get_paths()['purelib'] + '/pip')\n"
+    )
+    if left == "no record":
+        shutil.rmtree(site / "pip-1.0.dist-info")
+    else:
+        (site / "pip/__init__.py").write_text("from pip import lost")
+    ran = run("sh", root, PYTHONPATH=made)
+    assert ran.returncode == 0 and ran.stdout.splitlines()[0] == str(python), ran.stderr
+    assert done(root) == ["pip"] and not (site / "pip-1.0.dist-info").exists()
+
+
+@pytest.mark.skipif(find_spec("ensurepip") is None, reason="needs ensurepip")
+def test_for_real_without_a_network(root):
+    """A system Python makes the environment in place of half a one, and pip installs a wheel, then a newer one."""
+    wheels = root.parent / "wheels"
+    wheels.mkdir()
+    for version in ("0.9", "1.5"):
+        info = f"tiny-{version}.dist-info"
+        with zipfile.ZipFile(wheels / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("tiny.py", f"version = '{version}'\n")
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    (root / "main_grad.py").write_text("import sys, tiny\nprint(sys.prefix, tiny.version)\n")
+    offline = {"PIP_NO_INDEX": 1, "PIP_FIND_LINKS": wheels}
+    python = root / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    system = root.parent / "fake bin/python3"
+    system.parent.mkdir()
+    system.symlink_to(Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}"))
+    python.symlink_to(system)  # and no pyvenv.cfg
+
+    (root / "requirements.txt").write_text("tiny<1\n")
+    first = run("sh", root, **offline)
+    assert (first.returncode, first.stdout) == (0, f"{root}/.venv 0.9\n"), first.stderr
+    assert f"Making {root}/.venv" in first.stderr
+
+    (root / "requirements.txt").write_text("tiny>=1\n")
+    second = run("sh", root, **offline)
+    assert (second.returncode, second.stdout) == (0, f"{root}/.venv 1.5\n"), second.stderr
+    third = run("sh", root)
+    assert (third.stdout, third.stderr) == (second.stdout, "")
 
 
 # ---- or refused, in one line that says what to do
@@ -263,16 +339,19 @@ def refused(ran, *words):
 def test_refusals(shell, root):
     fake(root.parent / "fake bin")
     lines = [
-        refused(run(shell, root, PYTHON="/nowhere/python"), "PYTHON=/nowhere/python", "no such interpreter"),
-        refused(run(shell, root, FAKE_VERSION="3.8"), "Python 3.8", "3.10 or newer", "PYTHON="),
-        refused(run(shell, root, FAKE_NO_VENV=1), "ensurepip", "apt install python3.12-venv"),
+        refused(run(shell, root, PYTHON="/nowhere/python"), "PYTHON=/nowhere/python", "does not run"),
         refused(run(shell, root, PYTHON="false"), "PYTHON=false does not run"),
+        refused(run(shell, root, FAKE_REFUSES=1), "no network"),
     ]
     assert all(ran.stderr.count("\n") == 1 for ran in lines)
     assert not (root / ".venv").exists()
-    failed = refused(run(shell, root, FAKE_FAIL=1), "pip could not install", "Running again continues")
-    assert "ERROR: no such package" in failed.stderr
     assert run(shell, root).returncode == 0
+
+
+def test_pip_fails(root):
+    real(root / ".venv")
+    failed = refused(run("sh", root, TOY_FAILS=1), "pip could not install", "Running again continues")
+    assert "ERROR: no such package" in failed.stderr
 
 
 def test_no_python_at_all(root):
@@ -282,34 +361,66 @@ def test_no_python_at_all(root):
     refused(run(shutil.which(SHELLS[0]), root, PATH=root.parent / "bare bin"), "No python3")
 
 
-# ---- and once for real: a venv, a wheel, an upgrade
+def main(monkeypatch, capsys, *arguments):
+    """Exit code and standard error of requirements_met.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["requirements_met.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        requirements_met.main()
+    return stop.value.code or 0, capsys.readouterr().err
 
 
-@pytest.mark.skipif(find_spec("pip") is None, reason="needs pip")
-def test_for_real_without_a_network(root):
-    wheels = root.parent / "wheels"
-    wheels.mkdir()
-    for version in ("0.9", "1.5"):
-        info = f"tiny-{version}.dist-info"
-        with zipfile.ZipFile(wheels / f"tiny-{version}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("tiny.py", f"version = '{version}'\n")
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
-    (root / "main_grad.py").write_text("import sys, tiny\nprint(sys.prefix, tiny.version)\n")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root / ".venv")], check=True)
-    (site,) = (root / ".venv/lib").glob("python3*/site-packages")
-    pip = distribution("pip")  # copied, as putting it there afresh takes most of ten seconds
-    for folder in {Path(file).parts[0] for file in pip.files} & {"pip", f"pip-{pip.version}.dist-info"}:
-        shutil.copytree(pip.locate_file(folder), site / folder)
-    offline = {"PIP_NO_INDEX": 1, "PIP_FIND_LINKS": wheels}
+def test_an_old_python_and_one_without_venv_are_refused(monkeypatch, capsys, root):
+    install = ("--install", root / "requirements.txt", root / ".venv")
+    monkeypatch.setattr(requirements_met, "environment", lambda: None)
+    monkeypatch.setattr(requirements_met, "works", lambda *_: False)
+    code, error = main(monkeypatch, capsys, *install)
+    assert code == 2 and "apt install python3." in error and error.count("\n") == 1
+    (root / "requirements.txt").write_text("")
+    assert main(monkeypatch, capsys, root / "requirements.txt")[0] == 0
+    monkeypatch.setattr(sys, "version_info", (3, 8, 1))
+    assert main(monkeypatch, capsys, root / "requirements.txt") == (requirements_met.NOT_MET, "")
+    code, error = main(monkeypatch, capsys, *install)
+    assert code == 2 and "is Python 3.8, and 3.10 or newer" in error and error.count("\n") == 1
 
-    (root / "requirements.txt").write_text("tiny<1\n")
-    first = run("sh", root, **offline)
-    assert (first.returncode, first.stdout) == (0, f"{root}/.venv 0.9\n"), first.stderr
 
-    (root / "requirements.txt").write_text("tiny>=1\n")
-    second = run("sh", root, **offline)
-    assert (second.returncode, second.stdout) == (0, f"{root}/.venv 1.5\n"), second.stderr
-    third = run("sh", root)
-    assert (third.stdout, third.stderr) == (second.stdout, "")
+def test_an_old_python_can_read_the_file():
+    ast.parse((ROOT / "experiments/requirements_met.py").read_text(), feature_version=(3, 8))
+
+
+# ---- what counts as met
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements.txt", "experiments/bench/requirements.txt"])
+def test_every_requirement_of_ours_can_be_read(file):
+    lines = [line for _, _, line in requirements_met.requirements(str(ROOT / file))]
+    assert len(lines) == len(set(lines)) >= 10
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "met"),
+    [
+        ("2.13.0+cpu", ">=2.13,<3", True),
+        ("2.9.0a0+145a3a7", ">=2.9", True),  # builds of NVIDIA's containers
+        ("2.10.1", ">=2.9,<3", True),
+        ("2.10.1", ">=2.9,<2.10", False),
+        ("2.8.1", ">=2.9", False),
+        ("3.0.0", ">=2.9,<3", False),
+        ("0.1.2", "==0.1.2", True),
+        ("0.1.3", "==0.1.2", False),
+        ("1", "!=1.0", False),
+        ("1.0.1", ">1,<=1.1", True),
+        ("7", "", True),
+    ],
+)
+def test_bounds(version, bounds, met, tmp_path, monkeypatch):
+    (tmp_path / "r.txt").write_text(f"# a comment\nname {bounds}  # why\n")
+    monkeypatch.setattr(requirements_met, "installed", {"name": version}.get)
+    assert requirements_met.missing(str(tmp_path / "r.txt")) == ([] if met else [f"name {bounds}".strip()])
+    monkeypatch.setattr(requirements_met, "installed", {}.get)
+    assert requirements_met.missing(str(tmp_path / "r.txt"))
+
+
+def test_a_line_that_cannot_be_read_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.txt").write_text("name @ https://example.org/name.whl\n")
+    code, error = main(monkeypatch, capsys, tmp_path / "r.txt")
+    assert code == 2 and "name @" in error

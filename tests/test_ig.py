@@ -1,30 +1,36 @@
-"""Inverting Gradients and its successors: the objective at the truth, schedule, memory, pictures that come back."""
+"""Inverting Gradients, SME and DLF: objectives at the truth, schedule, memory, and images that are recovered."""
 
 import gc
 import math
+import statistics
 from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from attacks import common
-from attacks.base import REGISTRY, discover
-from attacks.common import Matching, cosine_distance
-from attacks.dlf import consensus
+from attacks import ATTACKS
+from attacks.dlf import EpochObjective, consensus
+from attacks.matching.distances import cosine_distance
+from attacks.matching.matcher import GradientMatcher
+from attacks.matching.signed_inversion import MatchingObjective, Run
+from attacks.optim.adam import Adam
+from attacks.sme import Surrogate
+from core.protocol import Batch, Observation, Recipe, Reconstruction, image_task
+from evaluation.metrics import psnr
+from evaluation.pairing import pair
 from federated.client import gradient, train
-from federated.wire import Batch, Observation, Recipe, Task
 from models import MetaModel, build
 from tests.test_attacks import smooth_pictures
-from utils.evaluator import match, psnr
 
-discover()
-TASK = Task((3, 16, 16), 6, (0.0,) * 3, (1.0,) * 3)
+TASK = image_task((3, 16, 16), 6)
+SEEDS = range(3)  # scores are medians over networks and pictures, so that one bad descent does not decide
 
 
-def scene(n: int, recipe: Recipe | None = None, double: bool = False, seed: int = 0) -> tuple[Batch, Observation]:
-    """A small ReLU net's update on pictures with labels of their own; a gradient unless there is a recipe."""
+def observe(n: int, recipe: Recipe | None = None, double: bool = False, seed: int = 0) -> tuple[Batch, Observation]:
+    """Pictures with labels 0, 1, ... and their update by a small ReLU network; a gradient unless there is a recipe."""
     rng = torch.Generator().manual_seed(seed)
-    net = build("cnn", TASK.image_shape, TASK.num_classes, rng=rng)
+    net = build("cnn", TASK.domain.shape, TASK.num_classes, rng=rng)
     pictures = smooth_pictures(n + 32, 16, seed=seed + 3)
     if double:
         net, pictures = net.double(), pictures.double()
@@ -38,24 +44,44 @@ def scene(n: int, recipe: Recipe | None = None, double: bool = False, seed: int 
     return truth, Observation(TASK, recipe, net, update, public)
 
 
-def score(truth: Batch, images: torch.Tensor) -> float:
-    pairs = match(truth.images, images)
-    return sum(psnr(x, images[j]) for x, j in zip(truth.images, pairs, strict=True)) / len(pairs)
+def score(truth: Batch, images: Tensor) -> float:
+    """Mean PSNR after pairing."""
+    indices = pair(truth.examples, images)
+    return statistics.fmean(psnr(x, images[j]) for x, j in zip(truth.examples, indices, strict=True))
 
 
-def baseline(truth: Batch, seen: Observation) -> float:
-    return sum(psnr(x, seen.public.images.mean(0)) for x in truth.images) / len(truth.images)
+def gain_and_score(truth: Batch, observation: Observation, rec: Reconstruction) -> tuple[float, float]:
+    """PSNR above that of the mean public image, and PSNR."""
+    assert observation.public is not None
+    mean = observation.public.examples.mean(0)
+    found = score(truth, rec.examples)
+    return found - statistics.fmean(psnr(x, mean) for x in truth.examples), found
+
+
+def objective_of(name: str, observation: Observation) -> tuple[MatchingObjective, Tensor, int]:
+    """The objective, labels and copies of the batch that an attack's `reconstruct` starts its descent with."""
+    captured: list[tuple[MatchingObjective, Tensor, int]] = []
+
+    class Capture(ATTACKS[name]):  # type: ignore[misc]
+        def descend(
+            self, objective: MatchingObjective, labels: Tensor, rng: torch.Generator, copies: int = 1
+        ) -> tuple[Run, int]:
+            captured.append((objective, labels, copies))
+            return super().descend(objective, labels, rng, copies)
+
+    Capture(iterations=1).reconstruct(observation, torch.Generator().manual_seed(0))
+    return captured[0]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_cosine_distance_and_its_slope_vanish_at_the_truth(steps: int) -> None:
-    truth, seen = scene(2, Recipe(2, steps, lr=0.05) if steps else None, double=True)
-    images = truth.images.clone().requires_grad_()
-    loss = Matching(seen).cosine_distance(images, truth.labels)
-    (slope,) = torch.autograd.grad(loss, images)
+def test_cosine_distance_and_its_gradient_vanish_at_the_truth(steps: int) -> None:
+    truth, observation = observe(2, Recipe(2, steps, lr=0.05) if steps else None, double=True)
+    matcher, examples = GradientMatcher(observation), truth.examples.clone().requires_grad_()
+    loss = matcher.cosine_distance(examples, truth.labels)
+    (grad,) = torch.autograd.grad(loss, examples)
     assert abs(loss) < 1e-12
-    assert slope.abs().max() < 1e-8
-    assert Matching(seen).cosine_distance(1 - truth.images, truth.labels) > 1e-3
+    assert grad.abs().max() < 1e-8
+    assert matcher.cosine_distance(1 - truth.examples, truth.labels) > 1e-3
 
 
 def test_cosine_distance_is_of_all_layers_as_one_vector() -> None:
@@ -65,156 +91,161 @@ def test_cosine_distance_is_of_all_layers_as_one_vector() -> None:
 
 
 def test_step_size_falls_at_three_five_and_seven_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates: list[float] = []
+    observed: list[float] = []
 
-    class Spy(common.Adam):
-        def step(self, slopes: Sequence[torch.Tensor], lr: Sequence[float]) -> None:
-            rates.append(lr[0])
-            super().step(slopes, lr)
+    class Spy(Adam):
+        def step(self, grads: Sequence[Tensor | None], rates: Sequence[float]) -> None:
+            observed.append(rates[0])
+            super().step(grads, rates)
 
-    monkeypatch.setattr(common, "Adam", Spy)
-    _, seen = scene(1)
-    REGISTRY["ig_single"](iterations=16, patience=0).reconstruct(seen, torch.Generator().manual_seed(0))
-    assert rates == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2)
+    monkeypatch.setattr("attacks.matching.signed_inversion.Adam", Spy)
+    _, observation = observe(1)
+    ATTACKS["ig_single"](iterations=16, patience=0).reconstruct(observation, torch.Generator().manual_seed(0))
+    assert observed == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2)
 
 
 def test_a_plateau_ends_the_run_early() -> None:
-    """Steps too small to gain anything: each of the four stages waits, and the budget is not spent."""
-    _, seen = scene(1)
-    rec = REGISTRY["ig_single"](iterations=100_000, patience=3, lr=1e-12).reconstruct(seen, torch.Generator())
-    assert rec.iterations <= 4 * 5
+    """Steps too small for any improvement: each of the four phases waits, and the budget is not spent."""
+    _, observation = observe(1)
+    attack = ATTACKS["ig_single"](iterations=100_000, patience=3, lr=1e-12)
+    assert attack.reconstruct(observation, torch.Generator()).iterations <= 4 * 5
 
 
-def test_prior_weighs_the_same_whatever_the_matching_slope() -> None:
-    attack = REGISTRY["ig_single"](tv=0.5)
+def test_the_regularizers_share_does_not_depend_on_the_size_of_the_matching_gradient() -> None:
+    attack, regularizer = ATTACKS["ig_single"](tv=0.5), TASK.domain.regularizer
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    slope = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    blend = attack._with_prior(x, slope)
-    assert torch.allclose(attack._with_prior(x, 1e-6 * slope), 1e-6 * blend, rtol=1e-4)
-    prior = (blend - slope).abs().flatten(1).mean(1)
-    assert torch.allclose(prior, 0.5 * slope.abs().flatten(1).mean(1), rtol=1e-4)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    total = attack.with_regularizer(x, grad, regularizer)
+    assert torch.allclose(attack.with_regularizer(x, 1e-6 * grad, regularizer), 1e-6 * total, rtol=1e-4)
+    of_regularizer = (total - grad).abs().flatten(1).mean(1)
+    assert torch.allclose(of_regularizer, 0.5 * grad.abs().flatten(1).mean(1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ig_single", "dlf"])
-def test_one_picture_comes_back_and_beats_the_mean_image(name: str) -> None:
-    truth, seen = scene(1)
-    rec = REGISTRY[name](iterations=100).reconstruct(seen, torch.Generator().manual_seed(0))
-    assert rec.labels is not None
-    assert rec.labels.tolist() == truth.labels.tolist()
-    assert score(truth, rec.images) > max(20, baseline(truth, seen) + 5)
+def test_one_image_is_recovered_far_better_than_by_the_mean_image(name: str) -> None:
+    gains, scores = [], []
+    for seed in SEEDS:
+        truth, observation = observe(1, seed=seed)
+        rec = ATTACKS[name](iterations=100).reconstruct(observation, torch.Generator().manual_seed(0))
+        assert rec.labels is not None
+        assert rec.labels.tolist() == truth.labels.tolist()
+        gain, found = gain_and_score(truth, observation, rec)
+        gains.append(gain)
+        scores.append(found)
+    assert statistics.median(scores) > 20
+    assert statistics.median(gains) > 5
 
 
-def test_in_gradient_mode_all_forms_are_the_same_attack() -> None:
-    _, seen = scene(2)
+def test_for_a_gradient_all_forms_are_the_same_attack() -> None:
+    _, observation = observe(2)
     first, *others = (
-        REGISTRY[name](iterations=5).reconstruct(seen, torch.Generator().manual_seed(0)).images
+        ATTACKS[name](iterations=5).reconstruct(observation, torch.Generator().manual_seed(0)).examples
         for name in ("ig_single", "ig_weight", "ig_multi", "sme")
     )
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_one_local_step_is_the_gradient_to_every_form() -> None:
-    truth, seen = scene(2, Recipe(2, 1, lr=0.1), double=True)
+def test_for_one_local_step_every_form_has_its_minimum_at_the_truth() -> None:
+    truth, observation = observe(2, Recipe(2, 1, lr=0.1), double=True)
     for name in ("ig_single", "ig_weight", "ig_multi"):
-        loss = REGISTRY[name]().read(seen).cosine_distance(truth.images, truth.labels)
+        loss = ATTACKS[name]().matcher(observation).cosine_distance(truth.examples, truth.labels)
         assert abs(loss) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["ig_multi", "sme"])
 def test_many_local_steps_are_inverted(name: str) -> None:
-    """Four steps on one picture: through all of them, or from one surrogate between the two models."""
-    truth, seen = scene(1, Recipe(1, 4, lr=0.005))
-    rec = REGISTRY[name](iterations=80).reconstruct(seen, torch.Generator().manual_seed(0))
-    assert score(truth, rec.images) > max(18, baseline(truth, seen) + 5)
+    """Four steps on one picture: through all of them, or by one surrogate between the two models."""
+    gains, scores = [], []
+    for seed in SEEDS:
+        truth, observation = observe(1, Recipe(1, 4, lr=0.005), seed=seed)
+        rec = ATTACKS[name](iterations=80).reconstruct(observation, torch.Generator().manual_seed(0))
+        gain, found = gain_and_score(truth, observation, rec)
+        gains.append(gain)
+        scores.append(found)
+    assert statistics.median(scores) > 18
+    assert statistics.median(gains) > 5
 
 
-def test_a_corrected_surrogate_says_at_the_truth_what_the_client_sent() -> None:
-    """After twelve steps no point on the straight line explains the update; corrected at the truth, any does."""
-    truth, seen = scene(2, Recipe(2, 12, lr=0.01), double=True)
+def test_a_surrogate_corrected_at_the_truth_gives_the_observed_update_there() -> None:
+    """No point on the straight line explains twelve steps; corrected at the truth, every point does."""
+    truth, observation = observe(2, Recipe(2, 12, lr=0.01), double=True)
+    surrogate, _, _ = objective_of("sme", observation)
+    assert isinstance(surrogate, Surrogate)
+    surrogate.labels = truth.labels
+    inputs = TASK.domain.to_model(truth.examples)
     before, after = [], []
-
-    class Look(REGISTRY["sme"]):  # type: ignore[misc]
-        def descend(self, match, labels, rng, cost, **more):  # type: ignore[no-untyped-def]
-            for alpha in torch.linspace(0, 1, 11).double():
-                more["correct"](None, truth.labels)
-                before.append(cost(truth.images, truth.labels, alpha).item())
-                more["correct"](truth.images, truth.labels, alpha)
-                after.append(cost(truth.images, truth.labels, alpha).item())
-            return super().descend(match, labels, rng, cost, **more)
-
-    Look(iterations=1).reconstruct(seen, torch.Generator().manual_seed(0))
+    for alpha in torch.linspace(0, 1, 11).double():
+        surrogate.start()
+        before.append(surrogate.distance(truth.examples, truth.labels, alpha).item())
+        surrogate.correct(inputs, alpha)
+        after.append(surrogate.distance(truth.examples, truth.labels, alpha).item())
     assert min(before) > 0.01
     assert max(after) < 1e-12
 
 
-def test_corrections_bring_the_surrogate_nearer() -> None:
-    truth, seen = scene(1, Recipe(1, 12, lr=0.02))
-    corrected, published = (
-        REGISTRY["sme"](iterations=80, correct=every).reconstruct(seen, torch.Generator().manual_seed(0))
-        for every in (5, 0)
-    )
-    assert score(truth, corrected.images) > score(truth, published.images) + 3
+def test_corrections_improve_the_surrogate() -> None:
+    scores: dict[int, list[float]] = {5: [], 0: []}
+    for seed in SEEDS:
+        truth, observation = observe(1, Recipe(1, 12, lr=0.02), seed=seed)
+        for interval, found in scores.items():
+            attack = ATTACKS["sme"](iterations=80, correction_interval=interval)
+            rec = attack.reconstruct(observation, torch.Generator().manual_seed(0))
+            found.append(score(truth, rec.examples))
+    assert statistics.median(a - b for a, b in zip(scores[5], scores[0], strict=True)) > 3
 
 
-def test_epochs_of_dlf_are_put_in_one_order_before_they_are_averaged() -> None:
+def test_dlf_puts_epochs_in_one_order_before_it_averages_them() -> None:
     images = smooth_pictures(4, 8, seed=1)
     epochs = torch.stack([images, images[[2, 0, 3, 1]], images[[1, 0, 2, 3]]])
     assert torch.allclose(consensus(epochs), images)
 
 
-def test_order_prior_of_dlf_is_blind_to_order_and_not_to_content() -> None:
+def test_dlfs_order_prior_ignores_the_order_and_not_the_content() -> None:
     """At the truth, in any order for each epoch, the objective of full-batch epochs is zero; elsewhere it is not."""
-    truth, seen = scene(3, Recipe(3, 2, lr=0.05), double=True)
-    costs: list[torch.Tensor] = []
-
-    class Look(REGISTRY["dlf"]):  # type: ignore[misc]
-        def descend(self, match, labels, rng, cost, copies):  # type: ignore[no-untyped-def]
-            order = torch.tensor([int((truth.labels == y).nonzero()) for y in labels])
-            x = truth.images[order]
-            y = labels.repeat(2)
-            costs.extend([cost(torch.cat([x, x]), y), cost(torch.cat([x, 1 - x]), y)])
-            return super().descend(match, labels, rng, cost, copies)
-
-    Look(iterations=1).reconstruct(seen, torch.Generator().manual_seed(0))
-    assert costs[0] < 1e-12
-    assert costs[1] > 0.1
+    truth, observation = observe(3, Recipe(3, 2, lr=0.05), double=True)
+    objective, _, copies = objective_of("dlf", observation)
+    assert isinstance(objective, EpochObjective)
+    assert copies == 2
+    x, y, order = *truth, [2, 0, 1]
+    labels = torch.cat([y, y[order]])
+    assert objective.distance(torch.cat([x, x[order]]), labels) < 1e-12
+    assert objective.distance(torch.cat([x, 1 - x[order]]), labels) > 0.1
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.01)])
-def test_a_checkpointed_unroll_has_the_same_values_and_slopes(momentum: float, weight_decay: float) -> None:
-    truth, seen = scene(3, double=True)
-    meta, batches = MetaModel(seen.model), Recipe(2, 3).batches(3)
-    x, soft = truth.images.clone().requires_grad_(), torch.eye(6).double()[truth.labels].requires_grad_()
-    found = []
+def test_unrolling_with_checkpoints_has_the_same_values_and_gradients(momentum: float, weight_decay: float) -> None:
+    truth, observation = observe(3, double=True)
+    meta, batches = MetaModel(observation.model), Recipe(2, 3).batches(3)
+    x, soft = truth.examples.clone().requires_grad_(), torch.eye(6).double()[truth.labels].requires_grad_()
+    results = []
     for checkpoint in (False, True):
         delta = meta.sgd(x, soft, batches, 0.1, momentum, weight_decay, checkpoint=checkpoint)
-        found.append([*delta, *torch.autograd.grad(sum(d.pow(3).sum() for d in delta), [x, soft])])
-    for plain, kept in zip(*found, strict=True):
-        assert torch.allclose(plain, kept, atol=1e-12)
+        results.append([*delta, *torch.autograd.grad(sum(d.pow(3).sum() for d in delta), [x, soft])])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.allclose(plain, recomputed, atol=1e-12)
 
 
-def test_small_learning_rates_keep_their_digits() -> None:
-    """What the client subtracts is lost on the wire; what the attacker simulates need not be."""
-    truth, seen = scene(2)
-    exact = MetaModel(seen.model.double())
+def test_small_learning_rates_lose_no_digits_in_simulation() -> None:
+    """A client's subtraction of weights loses digits; the attacker's simulation sums the steps and does not."""
+    truth, observation = observe(2)
     batches = Recipe(2, 5).batches(2)
-    wanted = exact.sgd(truth.images.double(), truth.labels, batches, 1e-4)
-    found = MetaModel(seen.model.float()).sgd(truth.images, truth.labels, batches, 1e-4)
-    error = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(found, wanted, strict=True)))
-    size = math.sqrt(sum(b.square().sum().item() for b in wanted))
+    expected = MetaModel(observation.model.double()).sgd(truth.examples.double(), truth.labels, batches, 1e-4)
+    simulated = MetaModel(observation.model.float()).sgd(truth.examples, truth.labels, batches, 1e-4)
+    error = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(simulated, expected, strict=True)))
+    size = math.sqrt(sum(b.square().sum().item() for b in expected))
     assert error < 1e-5 * size
 
 
-def test_memory_of_an_unroll_does_not_grow_with_iterations() -> None:
-    """Tensors alive after three iterations are alive after ten, and no more."""
-    truth, seen = scene(2, Recipe(1, 4, lr=0.05))
-    reading = Matching(seen, "unrolled")
-    x = truth.images.clone().requires_grad_()
+def test_memory_of_unrolling_does_not_grow_with_iterations() -> None:
+    """As many tensors are alive after ten iterations as after three."""
+    truth, observation = observe(2, Recipe(1, 4, lr=0.05))
+    matcher = GradientMatcher(observation, "unrolled")
+    x = truth.examples.clone().requires_grad_()
     counts = []
-    gc.disable()  # a cycle would hide behind the collector
+    gc.disable()  # the collector would hide a reference cycle
     try:
         for iteration in range(10):
-            torch.autograd.grad(reading.cosine_distance(x, truth.labels), [x])
+            torch.autograd.grad(matcher.cosine_distance(x, truth.labels), [x])
             if iteration in (2, 9):
                 counts.append(sum(1 for o in gc.get_objects() if type(o) is torch.Tensor))
     finally:

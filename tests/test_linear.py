@@ -1,22 +1,46 @@
-"""What a layer's gradient gives away exactly: Robbing the Fed, dW/db, trap weights, the Cocktail Party."""
+"""What a layer's gradient reveals exactly: Robbing the Fed, dW/db, trap weights, the Cocktail Party Attack."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from attacks.base import REGISTRY, Attack, discover
-from attacks.linear import distinct, layer_gradient, pixel_layer
+from attacks.base import ATTACKS, Attack
+from attacks.linear.features import (
+    EmbeddingWhitening,
+    FeatureExtractor,
+    Head,
+    cosine_annealing,
+    layer_problem,
+)
+from attacks.linear.ica import centred, differences, fast_ica, unmix, whitening
+from attacks.linear.layer import (
+    distinct,
+    layer_gradient,
+    match_class_gradients,
+    output_gradients,
+    pixel_problem,
+    scale_from_head,
+)
+from attacks.linear.refinement import refine_by_consistency
+from attacks.optim.tracker import Tracker, tracking
+from attacks.rtf import bins_of
+from core.errors import UsageError
+from core.protocol import Batch, Observation, Recipe, Reconstruction, Task, image_task
+from evaluation.metrics import psnr
+from evaluation.pairing import pair
 from federated.client import gradient, train
-from federated.wire import Batch, Observation, Recipe, Reconstruction, Task, UsageError
 from models import build
-from models.imprint import Imprint
-from utils.evaluator import match, psnr
+from models.implants.calibration import thresholds
+from models.implants.imprint import Imprint, find_imprint
+from models.inspection import hidden_layer, pixel_layer
 
-discover()
 PHOTOS = data.load("photos", base_datadir=Path("unused"))
 TASK = PHOTOS.task
 PUBLIC = PHOTOS.public.take(torch.arange(len(PHOTOS.public)))
@@ -27,8 +51,15 @@ def victims(n: int, seed: int) -> Batch:
     return PHOTOS.private.take(order[:n])
 
 
-def network(name: str, seed: int = 0, task: Task = TASK) -> nn.Module:
-    return build(name, task.image_shape, task.num_classes, rng=torch.Generator().manual_seed(seed))
+def network(name: str, seed: int = 0, task: Task = TASK, **options: Any) -> nn.Module:
+    rng = torch.Generator().manual_seed(seed)
+    return build(name, task.domain.shape, task.num_classes, rng=rng, **options)
+
+
+def first_layer(model: nn.Module, task: Task = TASK) -> nn.Linear:
+    layer = pixel_layer(model, task)
+    assert layer is not None
+    return layer
 
 
 def observe(attack: Attack, model: nn.Module, truth: Batch, recipe: Recipe | None = None) -> Observation:
@@ -43,12 +74,12 @@ def observe(attack: Attack, model: nn.Module, truth: Batch, recipe: Recipe | Non
     return Observation(TASK, ordered, model, update, PUBLIC)
 
 
-def rebuild(attack: Attack, seen: Observation) -> Reconstruction:
-    return attack.reconstruct(seen, torch.Generator().manual_seed(1))
+def rebuild(attack: Attack, observation: Observation) -> Reconstruction:
+    return attack.reconstruct(observation, torch.Generator().manual_seed(1))
 
 
 def scores(truth: Tensor, images: Tensor) -> Tensor:
-    pairs = match(truth, images)
+    pairs = pair(truth, images)
     return torch.tensor([0.0 if j is None else psnr(x, images[j]) for x, j in zip(truth, pairs, strict=True)])
 
 
@@ -57,129 +88,135 @@ def nearest(truth: Tensor, images: Tensor) -> Tensor:
     return torch.tensor([max(psnr(x, image) for image in images) for x in truth])
 
 
-def said_of_bins(model: nn.Module, truth: Batch) -> tuple[Tensor, Tensor]:
-    """(n,) which images are alone in their bin, and (n, C, H, W) what the rows say of each bin: its images' mean, each
-    weighted by how hard it pulls at the block. From the gradients of the images one by one."""
+def bins_and_their_means(model: nn.Module, truth: Batch) -> tuple[Tensor, Tensor]:
+    """(n,) which images are alone in their bin, and (n, C, H, W) what the rows reveal of each image's bin.
+
+    That is the mean of its images, each weighted by its gradient at the block, from the images' own gradients.
+    """
     assert isinstance(model, Imprint)
-    bins = torch.bucketize(truth.images.mean((1, 2, 3)), model.edges[1:-1].contiguous(), right=True)
+    bins = torch.bucketize(truth.examples.mean((1, 2, 3)), model.edges[1:-1].contiguous(), right=True)
     rng = torch.Generator().manual_seed(0)
     singles = [gradient(model, Batch(x[None], y[None]), TASK, Recipe(1), rng) for x, y in zip(*truth, strict=True)]
-    pulls = torch.stack([u.tensors[1][b] for u, b in zip(singles, bins, strict=True)]).double()  # (n,)
-    shares = (bins[:, None] == bins) * pulls
+    grads = torch.stack([u.tensors["bias"][b] for u, b in zip(singles, bins, strict=True)]).double()  # (n,)
+    shares = (bins[:, None] == bins) * grads
     return torch.bincount(bins)[bins] == 1, torch.einsum(
-        "ij,jchw->ichw", shares / shares.sum(1, keepdim=True), truth.images.double()
+        "ij,jchw->ichw", shares / shares.sum(1, keepdim=True), truth.examples.double()
     )
+
+
+def alone(bins: Tensor) -> Tensor:
+    return (bins[:, None] == bins).sum(1) == 1
 
 
 @pytest.mark.parametrize("connection", ["addition", "split", "cat", "linear"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_rtf_recovers_the_images_alone_in_their_bin(connection: str, sparse: bool) -> None:
-    """All of them, and of the others only those beside which the rest of their bin pulls next to nothing."""
-    attack = REGISTRY["rtf"](connection=connection, sparse=sparse)
+    """All of them, and of the others only those whose bin has no other image with a gradient of any size."""
+    attack = ATTACKS["rtf"](connection=connection, sparse=sparse)
     for seed in (4, 7):
         truth = victims(64, seed)
-        seen = observe(attack, network("lenet"), truth)
-        single, said = said_of_bins(seen.model, truth)
-        assert torch.equal(attack.ceiling(seen.model, TASK, truth.images), single)
-        found = nearest(truth.images, rebuild(attack, seen).images) > 40
-        assert torch.equal(found, torch.tensor([psnr(x, y) > 40 for x, y in zip(truth.images, said, strict=True)]))
+        observation = observe(attack, network("lenet"), truth)
+        single, means = bins_and_their_means(observation.model, truth)
+        assert torch.equal(alone(bins_of(observation.model, TASK, truth.examples)), single)
+        found = nearest(truth.examples, rebuild(attack, observation).examples) > 40
+        assert torch.equal(found, torch.tensor([psnr(x, y) > 40 for x, y in zip(truth.examples, means, strict=True)]))
         assert found[single].all()
         assert 32 < single.sum() < 64
 
 
 def test_rtf_keeps_both_of_two_that_look_alike() -> None:
-    attack, truth = REGISTRY["rtf"](), victims(8, seed=0)
-    truth.images[5] = truth.images[2] * 0.9
-    found = nearest(truth.images, rebuild(attack, observe(attack, network("lenet"), truth)).images)
+    attack, truth = ATTACKS["rtf"](), victims(8, seed=0)
+    truth.examples[5] = truth.examples[2] * 0.9
+    found = nearest(truth.examples, rebuild(attack, observe(attack, network("lenet"), truth)).examples)
     assert found[[2, 5]].min() > 60
 
 
 def test_rtf_reaches_the_closed_form() -> None:
     """(1 - 1/k)^(n-1) = 0.78 for 256 bins and 64 images, over ten batches."""
-    attack = REGISTRY["rtf"]()
+    attack = ATTACKS["rtf"]()
     shares = []
     for seed in range(10):
         truth = victims(64, seed)
-        shares.append(scores(truth.images, rebuild(attack, observe(attack, network("lenet"), truth)).images) > 30)
+        shares.append(scores(truth.examples, rebuild(attack, observe(attack, network("lenet"), truth)).examples) > 30)
     assert torch.cat(shares).double().mean() > 0.78 - 0.05
 
 
 def test_rtf_finds_the_image_in_the_top_bin() -> None:
     """The last row has no neighbour above it; the published decoder loses what is in it."""
-    attack = REGISTRY["rtf"]()
+    attack = ATTACKS["rtf"]()
     truth = victims(4, seed=0)
-    truth.images[2] = 0.9 + 0.1 * truth.images[2]
-    seen = observe(attack, network("lenet"), truth)
-    assert truth.images[2].mean() > seen.model.edges[-2]
-    assert scores(truth.images, rebuild(attack, seen).images)[2] > 60
+    truth.examples[2] = 0.9 + 0.1 * truth.examples[2]
+    observation = observe(attack, network("lenet"), truth)
+    assert truth.examples[2].mean() > observation.model.edges[-2]
+    assert scores(truth.examples, rebuild(attack, observation).examples)[2] > 60
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-1])
 def test_rtf_survives_local_steps_and_the_published_scale_does_not(lr: float) -> None:
-    attack, published = REGISTRY["rtf"](), REGISTRY["rtf"](drift=0, connection="linear", decoder="bias")
+    attack, published = ATTACKS["rtf"](), ATTACKS["rtf"](threshold_drift=0, connection="linear", decoder="bias")
     truth, recipe = victims(64, seed=0), Recipe(8, 1, lr=lr)
-    found = scores(truth.images, rebuild(attack, observe(attack, network("lenet"), truth, recipe)).images)
+    found = scores(truth.examples, rebuild(attack, observe(attack, network("lenet"), truth, recipe)).examples)
     assert (found >= 30).double().mean() >= 0.7
     rng = torch.Generator().manual_seed(0)
     model = published.implant(network("lenet"), TASK, PUBLIC, recipe)
     update, _ = train(model, truth, TASK, recipe, rng)
-    lost = rebuild(published, Observation(TASK, recipe, model, update, PUBLIC)).images
+    lost = rebuild(published, Observation(TASK, recipe, model, update, PUBLIC)).examples
     usable = lost[lost.isfinite().flatten(1).all(1)]
-    assert (scores(truth.images, usable) >= 30).double().mean() <= 0.2
+    assert (scores(truth.examples, usable) >= 30).double().mean() <= 0.2
 
 
 def test_rtf_split_block_is_exact_after_local_steps() -> None:
-    attack, truth = REGISTRY["rtf"](connection="split", drift=1e-8), victims(64, seed=0)
-    seen = observe(attack, network("lenet"), truth, Recipe(8, 2, lr=0.01))
-    found = scores(truth.images, rebuild(attack, seen).images)
+    attack, truth = ATTACKS["rtf"](connection="split", threshold_drift=1e-8), victims(64, seed=0)
+    observation = observe(attack, network("lenet"), truth, Recipe(8, 2, lr=0.01))
+    found = scores(truth.examples, rebuild(attack, observation).examples)
     assert found[found > 30].median() > 80
 
 
 def test_rtf_one_shot_takes_one_image_at_most_from_many() -> None:
-    attack, truth = REGISTRY["rtf"](one_shot=True, bins=64), victims(64, seed=1)
-    seen = observe(attack, network("lenet"), truth)
-    assert len(seen.update.tensors[1]) == 2
-    assert len(rebuild(attack, seen).images) <= 1
+    attack, truth = ATTACKS["rtf"](one_shot=True, bins=64), victims(64, seed=1)
+    observation = observe(attack, network("lenet"), truth)
+    assert len(observation.update.tensors["bias"]) == 2
+    assert len(rebuild(attack, observation).examples) <= 1
 
 
 def test_rtf_deeper_in_the_net_gives_features_and_images_that_have_them() -> None:
     """One candidate for each bin that is passed, in both rounds; images well above what their mean would score."""
-    attack, truth = REGISTRY["rtf"](position="features", fi_iterations=60), victims(4, seed=0)
+    attack, truth = ATTACKS["rtf"](position="features", feature_inversion_iterations=60), victims(4, seed=0)
     plain = network("cnn")
-    expected = plain(truth.images)
-    seen = observe(attack, network("cnn"), truth)
-    assert torch.allclose(seen.model(truth.images), expected, atol=0.05)
-    again = observe(attack, seen.model, truth, Recipe(4, 1, lr=0.01))
+    expected = plain(truth.examples)
+    observation = observe(attack, network("cnn"), truth)
+    assert torch.allclose(observation.model(truth.examples), expected, atol=0.05)
+    again = observe(attack, observation.model, truth, Recipe(4, 1, lr=0.01))
     assert sum(isinstance(m, Imprint) for m in again.model.modules()) == 1
-    baseline = scores(truth.images, PUBLIC.images.mean(0).expand(4, -1, -1, -1))
-    for observed in (seen, again):
-        assert attack.ceiling(observed.model, TASK, truth.images).all()
+    baseline = scores(truth.examples, PUBLIC.examples.mean(0).expand(4, -1, -1, -1))
+    for observed in (observation, again):
+        assert alone(bins_of(observed.model, TASK, truth.examples)).all()
         rec = rebuild(attack, observed)
-        assert len(rec.images) == 4
-        assert (scores(truth.images, rec.images) - baseline).mean() > 3
+        assert len(rec.examples) == 4
+        assert (scores(truth.examples, rec.examples) - baseline).mean() > 3
 
 
 @pytest.mark.parametrize(("name", "options"), [("fc2", {}), ("lenet", {}), ("cnn", {"activation": "tanh"})])
-def test_rtf_refuses_features_it_cannot_sort(name: str, options: dict[str, str]) -> None:
-    model = build(name, TASK.image_shape, TASK.num_classes, **options)
-    REGISTRY["rtf"]().check(model, TASK, Recipe(8), "gradient", 8)
-    with pytest.raises(UsageError, match=r"--position input|--activation relu") as refusal:
-        REGISTRY["rtf"](position="features").check(model, TASK, Recipe(8), "gradient", 8)
+def test_rtf_refuses_features_that_it_cannot_sort(name: str, options: dict[str, str]) -> None:
+    model = build(name, TASK.domain.shape, TASK.num_classes, **options)
+    ATTACKS["rtf"]().check(model, TASK, Recipe(8), "gradient", 8)
+    with pytest.raises(UsageError, match=r"`position=input`|`activation=relu`") as refusal:
+        ATTACKS["rtf"](position="features").check(model, TASK, Recipe(8), "gradient", 8)
     assert "\n" not in str(refusal.value)
 
 
 def test_near_copies_are_dropped_and_neighbours_are_kept() -> None:
-    images = victims(3, seed=0).images
+    images = victims(3, seed=0).examples
     assert distinct(torch.cat([images, images[:2] * 0.995 + 0.001])) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["fc2", "mlp"])
 def test_analytic_is_exact_for_one_image(name: str) -> None:
-    attack = REGISTRY["analytic"]()
+    attack = ATTACKS["analytic"]()
     for seed in range(5):
         truth = victims(1, seed)
         rec = rebuild(attack, observe(attack, network(name, seed), truth))
-        assert scores(truth.images, rec.images).min() >= 60
+        assert scores(truth.examples, rec.examples).min() >= 60
         assert rec.labels is not None and rec.labels.tolist() == truth.labels.tolist()
 
 
@@ -187,18 +224,18 @@ def share_alone(name: str, **fields: object) -> tuple[float, float]:
     """Of 32 images: found exactly, and on a neuron of their own."""
     found, single = [], []
     for seed in range(3):
-        attack, truth = REGISTRY[name](**fields), victims(32, seed)
-        seen = observe(attack, network("fc2", seed), truth)
-        layer = pixel_layer(seen.model, TASK)
-        passed = layer(truth.images.flatten(1)) > 0  # (32, h)
+        attack, truth = ATTACKS[name](**fields), victims(32, seed)
+        observation = observe(attack, network("fc2", seed), truth)
+        layer = pixel_layer(observation.model, TASK)
+        passed = layer(truth.examples.flatten(1)) > 0  # (32, h)
         single.append(passed[:, passed.sum(0) == 1].any(1))
-        found.append(scores(truth.images, rebuild(attack, seen).images) > 40)
+        found.append(scores(truth.examples, rebuild(attack, observation).examples) > 40)
     return torch.cat(found).double().mean().item(), torch.cat(single).double().mean().item()
 
 
 def test_calibrated_biases_double_what_a_layer_leaks_by_itself() -> None:
     """Untouched < trap weights < calibrated biases; and the images found are those on a neuron of their own."""
-    passive, trap = share_alone("analytic"), share_alone("trap", rows="trap", bias="zero")
+    passive, trap = share_alone("analytic"), share_alone("trap", weight_init="trap", bias="zero")
     calibrated = share_alone("trap")
     for found, single in (passive, trap, calibrated):
         assert found == pytest.approx(single, abs=0.02)
@@ -208,10 +245,10 @@ def test_calibrated_biases_double_what_a_layer_leaks_by_itself() -> None:
 
 def mixed(n: int, seed: int) -> tuple[Observation, Batch]:
     """A gradient of fc2 near its initialisation, with two hundred classes."""
-    task = Task(TASK.image_shape, 200, TASK.mean, TASK.std)
+    task = image_task(TASK.domain.shape, 200, TASK.domain.mean, TASK.domain.std)
     rng = torch.Generator().manual_seed(seed)
-    truth = Batch(victims(n, seed).images, torch.randint(200, (n,), generator=rng))
-    public = Batch(PUBLIC.images, torch.randint(200, (len(PUBLIC.labels),), generator=rng))
+    truth = Batch(victims(n, seed).examples, torch.randint(200, (n,), generator=rng))
+    public = Batch(PUBLIC.examples, torch.randint(200, (len(PUBLIC.labels),), generator=rng))
     model = network("fc2", seed, task)
     return Observation(task, Recipe(n), model, gradient(model, truth, task, Recipe(n), rng), public), truth
 
@@ -223,11 +260,17 @@ def correlation(truth: Tensor, sources: Tensor) -> float:
     return max(alike[range(len(a)), order].mean().item() for order in itertools.permutations(range(len(b)), len(a)))
 
 
+def unmixed(observation: Observation, seed: int, **fields: object) -> Tensor:
+    """Sources (r, d) of the Cocktail Party Attack before it resolves sign and scale."""
+    attack, layer = ATTACKS["cpa"](**fields), first_layer(observation.model, observation.task)
+    problem = pixel_problem(observation, layer, project=True)
+    return attack.unmix(problem, attack.view(observation, None), torch.Generator().manual_seed(seed))[0]
+
+
 def test_cpa_whitened_rows_span_the_images() -> None:
-    seen, truth = mixed(8, seed=0)
-    rows, _ = layer_gradient(seen, pixel_layer(seen.model, seen.task))
-    sources, _ = REGISTRY["cpa"](start="random").unmix(rows, 8, seen.task, torch.Generator().manual_seed(0))
-    x = truth.images.flatten(1).double()
+    observation, truth = mixed(8, seed=0)
+    sources = unmixed(observation, 0, unmixing="random")
+    x = truth.examples.flatten(1).double()
     weights = torch.linalg.lstsq(sources.T, x.T).solution
     assert (sources.T @ weights - x.T).norm() / x.norm() < 1e-4
 
@@ -235,70 +278,299 @@ def test_cpa_whitened_rows_span_the_images() -> None:
 def test_cpa_unmixes_and_random_rotations_do_not() -> None:
     good, bad = [], []
     for seed in range(3):
-        seen, truth = mixed(6, seed)
-        rows, _ = layer_gradient(seen, pixel_layer(seen.model, seen.task))
-        for start, results in (("differences", good), ("random", bad)):
-            attack, rng = REGISTRY["cpa"](start=start), torch.Generator().manual_seed(seed)
-            results.append(correlation(truth.images, attack.unmix(rows, 6, seen.task, rng)[0]))
+        observation, truth = mixed(6, seed)
+        for unmixing, results in (("differences", good), ("random", bad)):
+            results.append(correlation(truth.examples, unmixed(observation, seed, unmixing=unmixing)))
     assert sum(good) / 3 >= 0.9
     assert sum(bad) / 3 < 0.8
 
 
-def test_cpa_names_sign_scale_and_label_without_the_truth() -> None:
+def test_cpa_resolves_sign_scale_and_label_without_the_truth() -> None:
     """Pixels to 60 dB, once the head and the gradient agree."""
-    seen, truth = mixed(8, seed=1)
-    rec = rebuild(REGISTRY["cpa"](), seen)
+    observation, truth = mixed(8, seed=1)
+    rec = rebuild(ATTACKS["cpa"](), observation)
     assert rec.labels is not None
     assert sorted(rec.labels.tolist()) == sorted(truth.labels.tolist())
-    assert scores(truth.images, rec.images).min() > 60
+    assert scores(truth.examples, rec.examples).min() > 60
 
 
 def test_a_flat_image_does_not_spoil_the_unmixing() -> None:
-    """It has no differences, and so no eigenvalue; without the cut it takes the others with it."""
-    seen, truth = mixed(6, seed=2)
-    truth.images[3] = 0.0
-    update = gradient(seen.model, truth, seen.task, Recipe(6), torch.Generator())
-    rows, _ = layer_gradient(
-        Observation(seen.task, Recipe(6), seen.model, update, PUBLIC), pixel_layer(seen.model, seen.task)
-    )
-    sources, _ = REGISTRY["cpa"]().unmix(rows, 6, seen.task, torch.Generator().manual_seed(0))
+    """It has no differences, and so no eigenvalue; without the tolerance it takes the others with it."""
+    observation, truth = mixed(6, seed=2)
+    truth.examples[3] = 0.0
+    update = gradient(observation.model, truth, observation.task, Recipe(6), torch.Generator())
+    sources = unmixed(replace(observation, update=update), 0)
     assert len(sources) == 5
-    others = truth.images[[0, 1, 2, 4, 5]]
+    others = truth.examples[[0, 1, 2, 4, 5]]
     assert correlation(others, sources) > 0.85
 
 
 @pytest.mark.parametrize("name", ["analytic", "trap", "spear"])
 def test_refuses_a_network_that_does_not_begin_with_a_linear_layer(name: str) -> None:
     with pytest.raises(UsageError, match="first layer") as refusal:
-        REGISTRY[name]().check(network("cnn"), TASK, Recipe(8), "gradient", 8)
+        ATTACKS[name]().check(network("cnn"), TASK, Recipe(8), "gradient", 8)
     assert "\n" not in str(refusal.value)
 
 
 def test_cpa_behind_convolutions_finds_images_that_have_the_embeddings() -> None:
     """Four images of an untrained cnn, well above what their mean would score."""
-    attack, truth = REGISTRY["cpa"](fi_iterations=100), victims(4, seed=0)
+    attack, truth = ATTACKS["cpa"](feature_inversion_iterations=100), victims(4, seed=0)
     rec = rebuild(attack, observe(attack, network("cnn"), truth))
-    mean = PUBLIC.images.mean(0)
-    baseline = torch.tensor([psnr(x, mean) for x in truth.images])
-    assert (scores(truth.images, rec.images) - baseline).mean() > 3
+    mean = PUBLIC.examples.mean(0)
+    baseline = torch.tensor([psnr(x, mean) for x in truth.examples])
+    assert (scores(truth.examples, rec.examples) - baseline).mean() > 3
 
 
 @pytest.mark.parametrize(
     ("name", "options", "says"), [("convnet64", {}, "before the head"), ("cnn", {"activation": "tanh"}, "ReLU")]
 )
 def test_cpa_refuses_what_has_no_embedding(name: str, options: dict[str, str], says: str) -> None:
-    model = build(name, TASK.image_shape, TASK.num_classes, **options)
+    model = build(name, TASK.domain.shape, TASK.num_classes, **options)
     with pytest.raises(UsageError, match=says) as refusal:
-        REGISTRY["cpa"]().check(model, TASK, Recipe(8), "gradient", 8)
+        ATTACKS["cpa"]().check(model, TASK, Recipe(8), "gradient", 8)
     assert "\n" not in str(refusal.value)
 
 
 def test_cpa_refuses_more_images_than_the_layer_carries() -> None:
     with pytest.raises(UsageError, match="256"):
-        REGISTRY["cpa"]().check(network("fc2"), TASK, Recipe(257), "gradient", 257)
+        ATTACKS["cpa"]().check(network("fc2"), TASK, Recipe(257), "gradient", 257)
 
 
 def test_trap_refuses_a_network_without_relu() -> None:
-    smooth = build("mlp", TASK.image_shape, TASK.num_classes, activation="sigmoid")
+    smooth = build("mlp", TASK.domain.shape, TASK.num_classes, activation="sigmoid")
     with pytest.raises(UsageError, match="ReLU"):
-        REGISTRY["trap"]().check(smooth, TASK, Recipe(8), "gradient", 8)
+        ATTACKS["trap"]().check(smooth, TASK, Recipe(8), "gradient", 8)
+
+
+def test_rtf_takes_long_only_where_features_are_inverted() -> None:
+    assert ATTACKS["rtf"]().is_analytic
+    assert not ATTACKS["rtf"](position="features").is_analytic
+    assert ATTACKS["analytic"]().is_analytic
+    assert ATTACKS["trap"]().is_analytic
+
+
+def test_one_shot_bins_begin_at_the_middle() -> None:
+    attack, truth = ATTACKS["rtf"](one_shot=True, bins=4), victims(64, seed=1)
+    model = attack.implant(network("lenet"), TASK, PUBLIC, Recipe(8))
+    bins, block = bins_of(model, TASK, truth.examples), find_imprint(model)
+    assert block is not None
+    low, high, _ = block.edges
+    brightness = truth.examples.mean((1, 2, 3))
+    assert torch.equal(bins == -1, brightness < low)
+    assert torch.equal(bins == 0, (brightness >= low) & (brightness < high))
+
+
+@pytest.mark.parametrize("quantiles", ["smooth", "empirical", "normal", "laplace"])
+def test_thresholds_put_about_as_many_public_images_in_each_bin(quantiles: str) -> None:
+    brightness = PUBLIC.examples.mean((1, 2, 3))
+    edges = thresholds(brightness, 4, quantiles)  # type: ignore[arg-type]
+    counts = torch.bincount(torch.bucketize(brightness, edges[1:-1].contiguous(), right=True), minlength=4)
+    assert len(edges) == 5
+    assert (edges.diff() > 0).all()
+    assert (counts / len(brightness) - 0.25).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["analytic", "trap"])
+def test_dividing_rows_needs_no_public_examples(name: str) -> None:
+    attack, truth = ATTACKS[name](), victims(1, seed=0)
+    observation = observe(attack, network("fc2"), truth)
+    alone_with_update, without = (rebuild(attack, replace(observation, public=p)) for p in (PUBLIC, None))
+    assert torch.equal(alone_with_update.examples, without.examples)
+    zero = {name: torch.zeros_like(t) for name, t in observation.update.tensors.items()}
+    failed = rebuild(attack, replace(observation, public=None, update=replace(observation.update, tensors=zero)))
+    assert failed.status == "diverged"
+    assert failed.examples.shape == (0, *TASK.domain.shape)
+
+
+def test_attacks_without_public_examples_are_refused_in_one_line() -> None:
+    model, truth = network("fc2"), victims(2, seed=0)
+    grads = gradient(model, truth, TASK, Recipe(2), torch.Generator()).tensors
+    assert len(ATTACKS["analytic"]()(model, grads, task=TASK, num_examples=2).examples)
+    assert "public" not in ATTACKS["trap"](bias="zero").requirements()
+    for name in ("trap", "spear", "cpa"):
+        with pytest.raises(UsageError, match="public"):
+            ATTACKS[name]()(model, grads, task=TASK, num_examples=2)
+
+
+@pytest.mark.parametrize("name", ["fc2", "cnn"])
+def test_cpa_assigns_granted_labels_to_the_images_they_explain(name: str) -> None:
+    """The right label for every image, in whatever order labels were granted."""
+    attack, truth = ATTACKS["cpa"](feature_inversion_iterations=60), victims(4, seed=3)
+    observation = observe(attack, network(name), truth)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        rec = rebuild(attack, replace(observation, granted={"labels": truth.labels[order]}))
+        assert rec.labels is not None
+        pairs = pair(truth.examples, rec.examples)
+        assert [rec.labels[j] for j in pairs] == truth.labels.tolist()
+
+
+def test_output_gradients_are_those_of_single_examples() -> None:
+    truth, model = victims(3, seed=0), network("fc2")
+    layer = first_layer(model)
+    d = output_gradients(model, layer, TASK.domain.to_model(truth.examples))  # (3, C, h)
+    for i, (x, y) in enumerate(zip(*truth, strict=True)):
+        update = gradient(model, Batch(x[None], y[None]), TASK, Recipe(1), torch.Generator())
+        _, bias = layer_gradient(Observation(TASK, Recipe(1), model, update), layer)
+        assert torch.allclose(d[i, y].double(), bias, atol=1e-6)
+
+
+def test_class_gradients_give_factor_and_class() -> None:
+    rng = torch.Generator().manual_seed(0)
+    class_gradients = torch.randn(3, 5, 20, generator=rng)
+    delta = torch.tensor([2.0, -0.5, 3.0])[:, None] * class_gradients[torch.arange(3), [4, 0, 2]]
+    factors, labels = match_class_gradients(delta, class_gradients)
+    assert torch.allclose(factors, torch.tensor([2.0, -0.5, 3.0]))
+    assert labels.tolist() == [4, 0, 2]
+
+
+def test_consistency_makes_rough_images_exact() -> None:
+    """From images with 5% noise and of unknown scale to 60 dB; the head determines scale and label."""
+    truth = victims(4, seed=0)
+    observation = observe(ATTACKS["cpa"](), network("fc2"), truth)
+    problem = pixel_problem(observation, first_layer(observation.model), project=True)
+    x = TASK.domain.to_model(truth.examples).flatten(1).double()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sources = (x + 0.05 * noise) / x.norm(dim=1, keepdim=True)
+    scale, labels = scale_from_head(problem, sources)
+    assert (scale > 0).all()
+    assert labels.tolist() == truth.labels.tolist()
+    refined = refine_by_consistency(problem, sources, rounds=8)
+    assert refined.labels.tolist() == truth.labels.tolist()
+    assert refined.unexplained < 1e-3
+    found = TASK.domain.decode(problem.to_input(refined.inputs))
+    assert scores(truth.examples, found).min() > 60
+
+
+def test_fast_ica_separates_what_is_not_gaussian() -> None:
+    rng = torch.Generator().manual_seed(0)
+    sources = torch.rand(3, 8000, generator=rng, dtype=torch.float64).log() * torch.randn(3, 8000, generator=rng).sign()
+    rows = torch.randn(10, 3, generator=rng, dtype=torch.float64) @ sources
+    found = unmix(rows, 3, centred, torch.Generator().manual_seed(1))
+    assert correlation(sources, found) > 0.99
+    white = whitening(centred(rows), 3, 1e-11) @ centred(rows)
+    assert torch.allclose(white @ white.T / white.shape[1], torch.eye(3, dtype=torch.float64), atol=1e-6)
+    result = fast_ica(white, torch.Generator().manual_seed(1))
+    assert torch.allclose(result.matrix @ result.matrix.T, torch.eye(3, dtype=torch.float64), atol=1e-6)
+    assert result.trace[-1] < result.trace[0]
+
+
+def test_differences_are_linear() -> None:
+    rows = victims(3, seed=0).examples.flatten(1).double()
+    mixing = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(differences(mixing @ rows, TASK), mixing @ differences(rows, TASK))
+
+
+def test_a_network_is_its_extractor_and_its_head() -> None:
+    model, x = network("cnn"), victims(3, seed=0).examples
+    layer = hidden_layer(model)
+    assert layer is not None
+    extractor, head = FeatureExtractor(model, layer), Head(model, layer, TASK)
+    assert torch.allclose(head(extractor(x)), model.eval()(x), atol=1e-6)
+    assert torch.equal(extractor.in_chunks(x), extractor(x).detach())
+
+
+def test_whitened_embeddings_vary_evenly_about_zero() -> None:
+    """The mean is gone, and all but one of the directions along which they varied are as weak as `min_gain` says."""
+    model = network("cnn")
+    layer = hidden_layer(model)
+    assert layer is not None
+    z = FeatureExtractor(model, layer).in_chunks(PUBLIC.examples[:512]).double()
+    whitened = EmbeddingWhitening(z)(z)
+    assert whitened.mean(0).norm() < 0.01 * z.mean(0).norm()
+    before, after = (torch.linalg.svdvals(t - t.mean(0)) for t in (z, whitened))
+    assert before[10] > 0.05 * before[0]
+    assert after[1] < 0.006 * before[0]
+
+
+def plain_feature_inversion(attack: Any, observation: Observation, truth: Batch, rng: torch.Generator) -> Tensor:
+    """Feature inversion as the authors' loop does it, with torch's own optimiser and schedule."""
+    layer = hidden_layer(observation.model)
+    assert layer is not None
+    extractor = FeatureExtractor(observation.model, layer)
+    target = extractor(truth.examples).detach()
+    x = TASK.domain.to_model(TASK.domain.init(len(target), rng)).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=attack.feature_inversion_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, attack.feature_inversion_iterations)
+    for _ in range(attack.feature_inversion_iterations):
+        distance = (1 - F.cosine_similarity(extractor(x), target)).sum()
+        (grad,), (prior,) = torch.autograd.grad(distance, x), torch.autograd.grad(TASK.domain.regularizer(x), x)
+        ours, its = (g.abs().mean((1, 2, 3), keepdim=True) for g in (grad, prior))
+        x.grad = (grad + attack.feature_inversion_tv * ours / its * prior).sign()
+        optimizer.step()
+        schedule.step()
+        TASK.domain.project_(x)
+    return TASK.domain.decode(x)
+
+
+def test_feature_inversion_is_the_plain_loop() -> None:
+    attack, truth = ATTACKS["cpa"](feature_inversion_iterations=25), victims(2, seed=0)
+    observation = observe(attack, network("cnn"), truth)
+    expected = plain_feature_inversion(attack, observation, truth, torch.Generator().manual_seed(0))
+    _, extractor = layer_problem(observation, hidden_layer(observation.model))  # type: ignore[arg-type]
+    assert extractor is not None
+    target = extractor(truth.examples).detach()
+    found = attack.invert_features(extractor, target, TASK, torch.Generator().manual_seed(0))
+    assert torch.allclose(found.examples, expected, atol=1e-4)
+    assert len(found.trace) == 25
+
+
+def test_unmixing_by_adam_is_the_plain_loop() -> None:
+    """The published objective, minimised by torch's own optimiser at a constant rate, as the authors do."""
+    paper = ATTACKS["cpa"](unmixing="adam", restarts=1, iterations=30, lr=1e-3, schedule="constant", refine=0)
+    observation, _ = mixed(4, seed=0)
+    gradient_, _ = layer_gradient(observation, first_layer(observation.model, observation.task))
+    data_ = gradient_ - gradient_.mean(1, keepdim=True)
+    whiten = whitening(data_, 4, 1e-11)
+    white, rows = whiten @ data_, whiten @ gradient_
+    v = torch.eye(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([v], lr=paper.lr)
+    trace = []
+    for _ in range(paper.iterations):
+        unit = F.normalize(v, dim=1)
+        negentropy = (torch.log(torch.cosh(unit @ white)).mean(1) - 0.3746).square().mean()
+        independence = (paper.sharpness * (unit @ unit.T - torch.eye(4)).abs()).exp().mean() - 1
+        images = (unit @ rows).view(-1, *TASK.domain.shape)
+        smooth = images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
+        loss = paper.tv * smooth + paper.independence_weight * independence - negentropy
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trace.append(loss.item())
+    problem = pixel_problem(observation, first_layer(observation.model, observation.task), project=True)
+    sources, found = paper.unmix(problem, paper.view(observation, None), torch.Generator())
+    assert found == pytest.approx(trace, rel=1e-9)
+    assert torch.allclose(sources, F.normalize(v.detach(), dim=1) @ rows)
+
+
+@pytest.mark.parametrize("end", [0.0, 0.3])
+def test_cosine_annealing_is_torchs(end: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, end)
+    for step in range(20):
+        assert cosine_annealing(0.5, step, 20, end) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert cosine_annealing(0.5, 7, 20, end=0.5) == 0.5
+
+
+@pytest.mark.parametrize("stop_after", [5, 28, 45])
+def test_cpa_resumes_in_the_middle_of_either_segment(stop_after: int) -> None:
+    """Killed during the unmixing by Adam (30 iterations) or the feature inversion (20), with the same result."""
+    attack = ATTACKS["cpa"](unmixing="adam", refine=0, iterations=30, feature_inversion_iterations=20)
+    observation = observe(attack, network("cnn"), victims(3, seed=0))
+    expected, saved, calls = rebuild(attack, observation), [], itertools.count(1)
+
+    def save(state: dict[str, Any]) -> None:
+        saved.append(state)
+        if next(calls) == stop_after:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError), tracking(Tracker(should_save=lambda: True, save=save)):
+        rebuild(attack, observation)
+    steps: list[int] = []
+    tracker = Tracker(lambda iteration, total, objective: steps.append(iteration), saved[-1])
+    with tracking(tracker):
+        resumed = rebuild(attack, observation)
+    assert torch.equal(resumed.examples, expected.examples)
+    assert resumed.trace == expected.trace
+    assert len(steps) == 50 - stop_after

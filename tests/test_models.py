@@ -1,4 +1,4 @@
-"""Networks build and run at any sensible shape; MetaModel is what torch itself computes; weights load or say why."""
+"""Networks build and run at any sensible shape, MetaModel computes what torch does, weights load or are refused."""
 
 import pickle
 
@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from federated.wire import Recipe, UsageError
+from core.errors import UsageError
+from core.protocol import Recipe
 from models import MODELS, MetaModel, build, load_weights
-from models.layers import ACTIVATIONS, NORMS
+from models.zoo.layers import ACTIVATIONS, NORMS
 
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 64, 64), (3, 36, 48)]
 EVERY_MODEL = pytest.mark.parametrize("name", sorted(MODELS))
@@ -28,7 +29,7 @@ def _fixed_stream():
 
 
 def refused(*words):
-    """One line, with these words in it."""
+    """A UsageError of one line with these words, given as regular expressions."""
     return pytest.raises(UsageError, match=r"\A(?=.*" + r")(?=.*".join(words) + r").*\Z")
 
 
@@ -79,7 +80,7 @@ def test_one_real_step_is_finite_down_to_the_smallest_image(name):
 
 
 @EVERY_MODEL
-def test_too_small_an_image_is_refused_with_the_size_that_works(name):
+def test_images_that_are_too_small_are_refused_with_the_smallest_size(name):
     side = smallest(name)
     with refused(name, f"at least 3x{side}x{side}", f"3x{side - 1}x40"):
         build(name, (3, side - 1, 40), 10)
@@ -91,12 +92,12 @@ def test_too_small_an_image_is_refused_with_the_size_that_works(name):
 def test_an_option_the_model_does_not_take_is_refused(name):
     values = {"activation": "tanh", "norm": "batch", "dropout": 0.1}
     for option in values.keys() - set(MODELS[name].options):
-        with refused(name, option, *(MODELS[name].options or ["none at all"])):
+        with refused(name, option, *(MODELS[name].options or ["no options"])):
             build(name, (3, 40, 40), 10, **{option: values[option]})
 
 
 def test_unknown_names_are_refused_with_what_is_close():
-    with refused("lenet55", "Did you mean .*lenet5", *MODELS):
+    with refused("lenet55", "did you mean .*lenet5", *MODELS):
         build("lenet55", (3, 32, 32), 10)
     with refused("activation", "sigmoid"):
         build("lenet", (3, 32, 32), 10, activation="sigmoit")
@@ -140,7 +141,7 @@ def test_options_change_the_network():
     assert build("lenet", (3, 32, 32), 10).dropout.p == 0
 
 
-def test_rng_decides_the_weights_and_spares_the_global_stream():
+def test_rng_determines_the_weights_and_the_global_stream_is_not_changed():
     before = torch.get_rng_state()
     first, same = (build("lenet", (1, 8, 8), 2, rng=torch.Generator().manual_seed(7)) for _ in range(2))
     other = build("lenet", (1, 8, 8), 2, rng=torch.Generator().manual_seed(8))
@@ -152,8 +153,8 @@ def test_rng_decides_the_weights_and_spares_the_global_stream():
 # ---------------------------------------------------------------------------------------------- MetaModel
 
 
-class Knotted(nn.Module):
-    """Functional ops, a branch, a tied weight, a frozen one, an unused one, a layer under two names, dropout."""
+class Irregular(nn.Module):
+    """Functional operations, a branch, tied, frozen and unused weights, a layer with two names, dropout."""
 
     def __init__(self):
         super().__init__()
@@ -175,9 +176,9 @@ class Knotted(nn.Module):
 
 
 def without_dropout(net, mode):
-    """The oracle's model: `mode`, with every mask off, batch statistics on in "train"."""
+    """The reference model: `net` in `mode`, without dropout, with batch statistics in "train"."""
     net.train(mode == "train")
-    if isinstance(net, Knotted):
+    if isinstance(net, Irregular):
         net.eval()
         net.norm.train(mode == "train")
     return net
@@ -185,7 +186,7 @@ def without_dropout(net, mode):
 
 def specimen(name):
     shape = (2, 6, 6)
-    net = Knotted() if name == "knotted" else build(name, shape, 3)
+    net = Irregular() if name == "irregular" else build(name, shape, 3)
     return net.double(), torch.randn(5, *shape, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
 
 
@@ -204,7 +205,7 @@ def assert_untouched(net, before):
 
 
 CASES = pytest.mark.parametrize(
-    ("name", "mode"), [(n, m) for n in ("lenet", "resnet20", "knotted") for m in ("eval", "train")]
+    ("name", "mode"), [(n, m) for n in ("lenet", "resnet20", "irregular") for m in ("eval", "train")]
 )
 
 
@@ -214,30 +215,28 @@ def test_meta_is_the_module(name, mode):
     meta, before = MetaModel(net, mode), snapshot(net)
     other = tuple(w + 0.01 for w in meta.weights)
     outputs = meta(x), meta(x, meta.weights), meta(x, other)
-    found = meta.gradient(x, y), meta.gradient(x, y, meta.weights, create_graph=False), meta.gradient(x, y, other)
+    grads = meta.gradient(x, y), meta.gradient(x, y, meta.weights, create_graph=False), meta.gradient(x, y, other)
     again = meta(x)
     assert_untouched(net, before)
 
     twin = without_dropout(net, mode)
     torch.testing.assert_close(outputs[0], twin(x))
     torch.testing.assert_close(outputs[1], outputs[0])
-    assert torch.equal(again, outputs[0]), "a call left something behind"
+    assert torch.equal(again, outputs[0]), "a call changed the state of the model"
 
-    def truth():
-        grads = torch.autograd.grad(
-            F.cross_entropy(twin(x), y), [p for p in twin.parameters() if p.requires_grad], allow_unused=True
-        )
-        grads = iter(grads)
+    def expected():
+        trainable = [p for p in twin.parameters() if p.requires_grad]
+        grads = iter(torch.autograd.grad(F.cross_entropy(twin(x), y), trainable, allow_unused=True))
         filled = ((next(grads) if p.requires_grad else None, p) for p in twin.parameters())
         return tuple(torch.zeros_like(p) if g is None else g for g, p in filled)
 
-    torch.testing.assert_close(found[0], truth())
-    torch.testing.assert_close(found[1], truth())
+    torch.testing.assert_close(grads[0], expected())
+    torch.testing.assert_close(grads[1], expected())
     with torch.no_grad():
         for p in twin.parameters():
             p += 0.01
     torch.testing.assert_close(outputs[2], twin(x))
-    torch.testing.assert_close(found[2], truth())
+    torch.testing.assert_close(grads[2], expected())
 
 
 def torch_sgd(net, x, y, batches, lr, momentum, weight_decay):
@@ -261,9 +260,9 @@ def test_the_unroll_is_torchs_sgd(name, mode, steps, momentum, weight_decay):
     meta, before, batches = MetaModel(net, mode), snapshot(net), epochs[:steps]
     delta = meta.sgd(x, y, batches, 0.05, momentum, weight_decay)
     assert_untouched(net, before)
-    assert not any(d.requires_grad for d in delta), "no one asked for a graph"
-    truth = torch_sgd(without_dropout(net, mode), x, y, batches, 0.05, momentum, weight_decay)
-    torch.testing.assert_close(delta, truth, rtol=0, atol=1e-10)
+    assert not any(d.requires_grad for d in delta), "neither images nor labels require a gradient"
+    expected = torch_sgd(without_dropout(net, mode), x, y, batches, 0.05, momentum, weight_decay)
+    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-10)
 
 
 @CASES
@@ -275,9 +274,9 @@ def test_a_graph_does_not_change_the_unroll_and_leads_to_images_and_labels(name,
     soft = F.one_hot(y, 3).double().requires_grad_()
     delta = meta.sgd(x, soft, batches, 0.1, 0.9, 0.01)
     torch.testing.assert_close(delta, plain, rtol=0, atol=1e-10)
-    for slope in torch.autograd.grad(sum(d.square().sum() for d in delta), [x, soft]):
-        assert slope.isfinite().all()
-        assert (slope.flatten(1).abs().sum(1) > 0).all()
+    for grad in torch.autograd.grad(sum(d.square().sum() for d in delta), [x, soft]):
+        assert grad.isfinite().all()
+        assert (grad.flatten(1).abs().sum(1) > 0).all()
     assert not any(d.requires_grad for d in meta.sgd(x, soft, batches, 0.1, create_graph=False))
 
 
@@ -289,8 +288,8 @@ def test_outer_derivatives_are_the_finite_differences():
     batches = [torch.tensor([0, 1]), torch.tensor([2, 0])]
 
     def leak(x, y):
-        found = meta.gradient(x, y.softmax(1)) + meta.sgd(x, y.softmax(1), batches, 0.2, 0.9, 0.1)
-        return torch.stack([t.square().sum() for t in found])
+        tensors = meta.gradient(x, y.softmax(1)) + meta.sgd(x, y.softmax(1), batches, 0.2, 0.9, 0.1)
+        return torch.stack([t.square().sum() for t in tensors])
 
     assert torch.autograd.gradcheck(leak, (x, y), fast_mode=True)
 
@@ -312,7 +311,7 @@ def tiny(**options):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bare", "state_dict", "model"])
-def test_weights_come_back(tmp_path, form):
+def test_saved_weights_are_loaded(tmp_path, form):
     source, target, path = tiny(), tiny(), tmp_path / "weights"
     state = source.state_dict()
     if form == "safetensors":
@@ -326,9 +325,9 @@ def test_weights_come_back(tmp_path, form):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda: build("mlp", (1, 8, 8), 3), ["has no body"]),
+        (lambda: build("mlp", (1, 8, 8), 3), ["has no tensor body"]),
         (lambda: build("lenet", (1, 8, 8), 7, norm="batch"), ["head.weight", r"\(7, 48\)", r"\(3, 48\)"]),
-        (lambda: nn.Sequential(tiny()), ["has no body"]),
+        (lambda: nn.Sequential(tiny()), ["has no tensor body"]),
         (lambda: build("lenet", (3, 8, 8), 3), ["body.0.weight"]),
     ],
 )
@@ -341,13 +340,13 @@ def test_weights_of_another_model_are_refused_and_nothing_is_loaded(tmp_path, ot
     assert_untouched(target, before)
 
 
-def test_a_tensor_too_many_is_refused(tmp_path):
+def test_a_tensor_that_the_model_does_not_have_is_refused(tmp_path):
     save_file(tiny().state_dict() | {"extra": torch.ones(1)}, tmp_path / "more.safetensors")
     with refused("more.safetensors", "extra"):
         load_weights(tiny(), tmp_path / "more.safetensors")
 
 
-def test_what_is_not_weights_is_refused(tmp_path):
+def test_files_without_weights_are_refused(tmp_path):
     intact = tmp_path / "intact"
     save_file(tiny().state_dict(), intact)
     contents = {
@@ -367,5 +366,5 @@ def test_what_is_not_weights_is_refused(tmp_path):
         with refused(name, "not a weights file"):
             load_weights(tiny(), tmp_path / name)
     for name in ("absent", "."):
-        with refused("cannot read weights"):
+        with refused("cannot read `weights=", name):
             load_weights(tiny(), tmp_path / name)

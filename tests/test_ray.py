@@ -14,7 +14,7 @@ from tests.commands import in_process, lines, only_run, rows
 from tests.conftest import ROOT
 
 FLAGS = ["dlg", "--image-size", "16", "--trials", "4", "--activation", "tanh", "--restarts", "1", "--iterations", "400"]
-NEVER = ["--stall", "1e-12", "--patience", "0", "--jobs", "2"]  # stops for its budget only
+WHOLE_BUDGET = ["--failure-threshold", "1e-12", "--patience", "0", "--jobs", "2"]
 
 
 def workers_of(session: int) -> list[int]:
@@ -26,13 +26,13 @@ def workers_of(session: int) -> list[int]:
 
 def test_same_rows_though_a_worker_is_killed(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    command = [sys.executable, str(ROOT / "main_grad.py"), *FLAGS, *NEVER, "--out"]
+    command = [sys.executable, str(ROOT / "main_grad.py"), *FLAGS, *WHOLE_BUDGET, "--out"]
     subprocess.run([*command, str(tmp_path / "local")], check=True, capture_output=True, timeout=300)
-    alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]  # no network but loopback
-    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
-        alone = []
+    isolated = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]  # no network but loopback
+    if not shutil.which("unshare") or subprocess.run([*isolated, "true"], capture_output=True).returncode:
+        isolated = []
     run = subprocess.Popen(
-        [*alone, *command, str(tmp_path / "ray"), "--backend", "ray"],
+        [*isolated, *command, str(tmp_path / "ray"), "--backend", "ray"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,10 +45,10 @@ def test_same_rows_though_a_worker_is_killed(tmp_path: Path) -> None:
         while not (at_work := workers_of(run.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(at_work[0], signal.SIGKILL)
-        _, said = run.communicate(timeout=240)
+        _, error = run.communicate(timeout=240)
     finally:
         run.kill()
-    assert run.returncode == 0, said
+    assert run.returncode == 0, error
     assert rows(only_run(tmp_path / "ray")) == rows(only_run(tmp_path / "local"))
     assert [t["status"] for t in lines(only_run(tmp_path / "ray") / "trials.jsonl")] == [
         t["status"] for t in lines(only_run(tmp_path / "local") / "trials.jsonl")
@@ -58,8 +58,8 @@ def test_same_rows_though_a_worker_is_killed(tmp_path: Path) -> None:
 def test_without_ray_one_line_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("runner.executors.find_spec", lambda name: None)
     assert in_process("main_grad.py", [*FLAGS, "--backend", "ray", "--out", str(tmp_path)], monkeypatch) == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'ray" in said
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'ray" in error
     assert not list(tmp_path.iterdir())

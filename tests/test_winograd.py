@@ -1,4 +1,4 @@
-"""Convolutions with fewer products are the convolutions they replace, to the second derivative."""
+"""Winograd convolutions equal the convolutions they replace, up to the second derivative."""
 
 import copy
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attacks.common import cosine_distance
+from attacks.matching.distances import cosine_distance
 from models import build
 from models.meta import MetaModel
 from models.winograd import WinogradConv, bilinear
@@ -31,40 +31,41 @@ def test_any_points_make_a_filter(points: list[float], taps: int, seed: int) -> 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (2, 5, 9, 14), (3, 4, 4, 1)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_convolution_to_the_second_derivative(shape: tuple[int, int, int, int], bias: bool) -> None:
+def test_it_equals_the_convolution_up_to_the_second_derivative(shape: tuple[int, int, int, int], bias: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(shape[1], 6, 3, padding=1, bias=bias).double()
     fast = copy.deepcopy(plain)
-    WinogradConv.instead_of(fast)
+    WinogradConv.convert_(fast)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    found = []
+    results = []
     for layer in (plain, fast):
         y = layer(x)
         first = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], create_graph=True)
         second = torch.autograd.grad(sum(t.sin().sum() for t in first), [x, *layer.parameters()])
-        found.append((y, *first, *second))
-    torch.testing.assert_close(found[1], found[0])
+        results.append((y, *first, *second))
+    torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize(("name", "swapped"), [("convnet64", 7), ("resnet20", 11), ("lenet", 0)])
-def test_a_hastened_model_leaks_the_same_slope(name: str, swapped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "converted"), [("convnet64", 7), ("resnet20", 11), ("lenet", 0)])
+def test_a_model_with_fast_convolutions_has_the_same_second_derivatives(
+    name: str, converted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("models.winograd.FEWEST", 4)
     net = build(name, (3, 16, 16), 4, rng=torch.Generator().manual_seed(0)).double()
     x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 3])
-    plain, fast = MetaModel(net), MetaModel(net)
-    fast.hasten(x)
-    assert sum(isinstance(m, WinogradConv) for m in fast._module.modules()) == swapped
+    plain, fast = MetaModel(net), MetaModel(net, fast_convs=x)
+    assert sum(isinstance(m, WinogradConv) for m in fast._module.modules()) == converted
     x.requires_grad_()
     for weights in (None, tuple(0.9 * w for w in plain.weights)):
         target = [t.detach() for t in plain.gradient(x.flip(0), y, weights)]
-        slopes = []
-        for meta, goal in ((plain, target), (fast, fast.laid_out(target))):
+        grads = []
+        for meta, goal in ((plain, target), (fast, fast.to_memory_format(target))):
             pairs = zip(meta.gradient(x, y, weights), goal, strict=True)
-            slopes += torch.autograd.grad(sum((a - b).square().sum() for a, b in pairs), x)
-        torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-7, atol=1e-12)
+            grads += torch.autograd.grad(sum((a - b).square().sum() for a, b in pairs), x)
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-7, atol=1e-12)
 
 
-def test_layers_it_does_not_suit_stay() -> None:
+def test_it_is_applicable_only_to_large_plain_3x3_convolutions() -> None:
     for layer in (
         nn.Conv2d(64, 64, 3, padding=1, stride=2),
         nn.Conv2d(64, 64, 5, padding=2),
@@ -74,37 +75,33 @@ def test_layers_it_does_not_suit_stay() -> None:
         nn.Conv2d(3, 64, 3, padding=1),
         nn.Linear(64, 64),
     ):
-        assert not WinogradConv.suits(layer, (8, 64, 32, 32))
-    assert WinogradConv.suits(nn.Conv2d(64, 64, 3, padding=1), (8, 64, 32, 32))
-    assert not WinogradConv.suits(nn.Conv2d(64, 64, 3, padding=1), (1, 64, 8, 8))
+        assert not WinogradConv.is_applicable(layer, (8, 64, 32, 32))
+    assert WinogradConv.is_applicable(nn.Conv2d(64, 64, 3, padding=1), (8, 64, 32, 32))
+    assert not WinogradConv.is_applicable(nn.Conv2d(64, 64, 3, padding=1), (1, 64, 8, 8))
 
 
-def test_half_products_are_close_and_can_be_taken_back() -> None:
+def test_bfloat16_is_close_and_full_precision_is_float32s() -> None:
     net = build("convnet64", (3, 32, 32), 4, rng=torch.Generator().manual_seed(0))
     x = torch.rand(1, 3, 32, 32)
-    meta = MetaModel(net)
-    meta.hasten(x)
+    full, half = MetaModel(net, fast_convs=x), MetaModel(net, fast_convs=x, conv_dtype=torch.bfloat16)
     with torch.no_grad():
-        whole = meta(x)
-        meta.halve(True)
-        half = meta(x)
-        meta.halve(False)
-        assert torch.equal(meta(x), whole)
-    assert not torch.equal(half, whole)
-    torch.testing.assert_close(half, whole, rtol=0, atol=0.1 * whole.std().item())
+        expected, approximate = full(x), half(x)
+        assert torch.equal(half.full_precision()(x), expected)
+        assert torch.equal(half(x), approximate), "full_precision changed the model it was called on"
+    assert full.full_precision() is full
+    assert not torch.equal(approximate, expected)
+    torch.testing.assert_close(approximate, expected, rtol=0, atol=0.1 * expected.std().item())
 
 
-def test_bfloat16_keeps_the_signs_of_most_slopes() -> None:
+def test_bfloat16_keeps_the_signs_of_most_gradients() -> None:
     rng = torch.Generator().manual_seed(0)
     net = build("convnet64", (3, 32, 32), 4, rng=rng).eval()
     x, y = torch.rand(1, 3, 32, 32, generator=rng), torch.tensor([1])
     signs = []
-    for half in (False, True):
-        meta = MetaModel(net)
-        meta.hasten(x)
-        meta.halve(half)
-        target = meta.laid_out(meta.gradient(1 - x, y, create_graph=False))
+    for dtype in (None, torch.bfloat16):
+        meta = MetaModel(net, fast_convs=x, conv_dtype=dtype)
+        target = meta.to_memory_format(meta.gradient(1 - x, y, create_graph=False))
         guess = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(cosine_distance(meta.gradient(guess, y), target), guess)
-        signs.append(slope.sign())
+        (grad,) = torch.autograd.grad(cosine_distance(meta.gradient(guess, y), target), guess)
+        signs.append(grad.sign())
     assert 0.8 < (signs[0] == signs[1]).float().mean() < 1

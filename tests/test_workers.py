@@ -1,4 +1,4 @@
-"""Worker processes: called for when a command may want them, found wherever the user stands, and missed in one line."""
+"""Worker processes: when they are started, from any working directory, and what happens when one dies."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from runner import workers
 from tests.commands import lines, only_run
 from tests.conftest import ROOT
-from utils import workers
 
-FLAGS = ["--image-size", "16", "--trials", "3", "--jobs", "2", "--tolerance", "0", "--stall", "1e-12"]
+FLAGS = ["--image-size", "16", "--trials", "3", "--jobs", "2", "--tolerance", "0", "--failure-threshold", "1e-12"]
 
 
 @pytest.mark.parametrize(
@@ -31,19 +31,17 @@ FLAGS = ["--image-size", "16", "--trials", "3", "--jobs", "2", "--tolerance", "0
         ("dlg --backend ray --jobs 2", False),
     ],
 )
-def test_workers_are_called_for_by_commands_that_may_want_them(
-    flags: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_that_may_need_workers_preload_them(flags: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[None] = []
     monkeypatch.setattr(workers, "context", lambda: called.append(None))
     monkeypatch.setattr(workers, "cores", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["main_grad.py", *flags.split()])
-    workers.start_ahead()
+    workers.preload_workers()
     assert bool(called) == wanted
 
 
 def test_a_folder_of_the_users_hides_nothing_from_workers(tmp_path: Path) -> None:
-    """Modules by the names of ours, and of the standard library's, where the user stands."""
+    """Modules with names of ours and of the standard library in the working directory."""
     for name in ("random", "tempfile", "torch", "utils", "data"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
     command = [sys.executable, str(ROOT / "main_grad.py"), "dlg", *FLAGS, "--iterations", "3", "--out", "out"]
@@ -54,7 +52,7 @@ def test_a_folder_of_the_users_hides_nothing_from_workers(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds workers by /proc")
-def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_dead_worker_is_one_line_and_the_same_command_continues(tmp_path: Path) -> None:
     long = ["--iterations", "1500", "--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "main_grad.py"), "dlg", *FLAGS, *long]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_without_path())
@@ -65,7 +63,7 @@ def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tmp_path: Path) 
     _, error = run.communicate(timeout=30)
     assert run.returncode == 1
     assert [line for line in error.splitlines() if line.startswith("error")] == [
-        "error: a worker died (out of memory?); the same command goes on, --jobs 1 needs less"
+        "error: a worker process died (out of memory?); the same command continues the run, --jobs 1 needs less"
     ]
     assert "Traceback" not in error
     done = subprocess.run(command, capture_output=True, text=True, env=_without_path())
@@ -74,12 +72,12 @@ def test_a_dead_worker_is_one_line_and_the_same_command_goes_on(tmp_path: Path) 
 
 
 def _without_path() -> dict[str, str]:
-    """As a user has it, who has not told Python where we are."""
+    """The environment of a user without a PYTHONPATH to this project."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 def _grandchildren(pid: int) -> list[int]:
-    """Workers are children of the server, which is one of the page's."""
+    """Workers are children of the fork server, which is a child of the main process."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

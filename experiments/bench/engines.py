@@ -1,9 +1,10 @@
 """One engine in a process of its own: python engines.py ENGINE ITERATIONS alone|turns grad|fed ATTACK flags.
 
 ENGINE is ours, reference or breaching, ITERATIONS its budget for each victim (0: its own). All get the same model,
-gradient and inferred labels. `alone` attacks every victim, one after the other; pictures are kept while the clock runs,
-and scored after. In `turns`, of the first victim, it prints a dot after each iteration and waits for a line on standard
-input, so that engines can take single iterations in turn. The last line is JSON: what it took and how near it came.
+gradient and inferred labels. With `alone` the engine attacks every victim, one after the other; images are stored
+while the clock runs and scored afterwards. With `turns` it attacks the first victim only, prints a dot after each
+iteration and waits for a line on standard input, so that engines can take single iterations in turn. The last line is
+JSON: times and scores.
 """
 
 import contextlib
@@ -15,115 +16,109 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import main_fed
-import main_grad
-from attacks.base import discover
-from attacks.common import Matching
-from attacks.labels import settle_labels
-from attacks.linear import pixel_layer
+from attacks.base import ATTACKS
+from attacks.labels.inference import infer_labels
+from attacks.matching.matcher import GradientMatcher
+from attacks.optim.tracker import Tracker, tracking
+from core.protocol import Batch, Observation
+from core.rng import stream
+from evaluation.metrics import psnr
+from evaluation.pairing import correlations, pair
 from experiments.bench import reference
-from federated.wire import Batch, Observation
-from utils import cli
-from utils.evaluator import correlations, match, psnr
-from utils.memory import keep_pages
-from utils.run import Scene, Victim, stream
+from models.inspection import pixel_layer
+from runner import cli
+from runner.executors import Job
+from runner.experiment import Experiment
+from runner.flags import Fed, Grad
+from runner.sources import federated_source, gradient_source
+from utils.memory import disable_malloc_trim
 
-MODES = {"grad": (main_grad, cli.Grad, main_grad.GradScene), "fed": (main_fed, cli.Fed, main_fed.FedScene)}
-KEPT = 400  # pictures of a run that are scored, at the most
+MODES = {"grad": (Grad, gradient_source), "fed": (Fed, federated_source)}
+MAX_STORED = 400  # images of a run that are scored, at the most
 
 
-class Stop(KeyboardInterrupt):
-    """The budget is used up; as Ctrl-C, which the peer answers with what it has."""
+class BudgetSpent(KeyboardInterrupt):
+    """The budget is spent; breaching answers Ctrl-C with its current estimate."""
 
 
 class Watch:
-    """A clock that is shown every iteration's images, and keeps some, evenly spaced."""
+    """A clock that is called with every iteration's images, and stores some of them, evenly spaced."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget or 10**9
         self.times: list[float] = []
-        self.pictures: list[tuple[float, Tensor]] = []
-        self.every = 1
+        self.stored: list[tuple[float, Tensor]] = []
+        self.interval = 1
         self.start = time.perf_counter()
 
     def __call__(self, images: Tensor) -> None:
         self.times.append(time.perf_counter() - self.start)
-        if len(self.times) % self.every == 0:
-            self.pictures.append((self.times[-1], images.detach().clone()))
-        if len(self.pictures) > KEPT:
-            self.pictures, self.every = self.pictures[1::2], 2 * self.every
+        if len(self.times) % self.interval == 0:
+            self.stored.append((self.times[-1], images.detach().clone()))
+        if len(self.stored) > MAX_STORED:
+            self.stored, self.interval = self.stored[1::2], 2 * self.interval
         if len(self.times) >= self.budget:
-            raise Stop
+            raise BudgetSpent
 
 
-class Baton(Watch):
-    """A clock that stands still while other engines have their turn; `times` are of single iterations."""
+class TurnWatch(Watch):
+    """A clock that stops while other engines take their turn; `times` are of single iterations."""
 
     def __call__(self, images: Tensor) -> None:
         super().__call__(images)
         print(".", file=sys.__stdout__, flush=True)
         if not sys.stdin.readline():
-            raise Stop
+            raise BudgetSpent
         self.start = time.perf_counter()
 
 
-def ours(scene: Scene, seen: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
-    """The attack of the command line; its objective is watched from outside."""
-    attack = scene.attack
-    if iterations and hasattr(attack, "iterations") and not isinstance(watch, Baton):
+def ours(experiment: Experiment, observation: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
+    """The attack of the command line, watched through its tracker."""
+    attack, domain = experiment.attack, observation.task.domain
+    if iterations and hasattr(attack, "iterations") and not isinstance(watch, TurnWatch):
         attack = dataclasses.replace(attack, iterations=iterations)
-        watch.budget = 10**9  # it knows its budget
+        watch.budget = 10**9  # the attack knows its budget
+    decode = domain.from_unbounded if getattr(attack, "bounded", False) else domain.from_model
 
-    def watched(cost: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def shown(pixels: Tensor, *rest: Tensor) -> Tensor:
-            watch(pixels)
-            return cost(pixels, *rest)
+    def on_step(variables: Sequence[Tensor]) -> None:
+        watch(decode(variables[0].detach()) if variables[0].shape[1:] == domain.shape else variables[0])
 
-        return shown
-
-    class Watched(type(attack)):
-        def descend(self, match: Matching, labels: Tensor, rng: Any, cost: Any, **more: Any) -> Any:
-            return super().descend(match, labels, rng, watched(cost), **more)
-
-        def invert(self, match: Matching, *more: Any, **named: Any) -> Any:
-            match.squared_distance = watched(match.squared_distance)
-            return super().invert(match, *more, **named)
-
-    torch.set_num_threads(scene.threads)
-    keep_pages()
-    attack = Watched(**{f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)})
-    return attack.reconstruct(seen, stream(scene.seed, "attack", trial)).images
+    torch.set_num_threads(experiment.threads)
+    disable_malloc_trim()
+    with tracking(Tracker(on_step=on_step)):
+        return attack.reconstruct(observation, stream(experiment.seed, "attack", trial)).examples
 
 
-def plain(scene: Scene, seen: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
+def plain(experiment: Experiment, observation: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
     """The paper's loop."""
-    name, (model, target) = scene.command.attack_name, (seen.model, seen.update.tensors)
-    first = torch.randn(seen.update.num_examples, *seen.task.image_shape, generator=stream(scene.seed, "attack", trial))
+    name, model, task = experiment.command.attack_name, observation.model, observation.task
+    target, n, shape = observation.update.ordered(model), observation.update.num_examples, task.domain.shape
+    first = torch.randn(n, *shape, generator=stream(experiment.seed, "attack", trial))
     if name == "dlg":
-        loop = reference.dlg(model, target, first, seen.task.num_classes)
+        loop = reference.dlg(model, target, first, task.num_classes)
     elif name == "ig_single":
-        budget = reference.budget(type(scene.attack))
-        loop = reference.ig_single(model, target, first, seen.granted["labels"], budget)
+        budget = reference.budget(type(experiment.attack))
+        loop = reference.ig_single(model, target, first, observation.granted["labels"], budget)
     elif name == "cpa":
-        layer = pixel_layer(model, seen.task)
+        layer = pixel_layer(model, task)
         (rows,) = (g for p, g in zip(model.parameters(), target, strict=True) if p is layer.weight)
-        loop = reference.cpa(rows, seen.task.image_shape, seen.update.num_examples)
+        loop = reference.cpa(rows, shape, n)
     else:
-        loop = reference.rtf(*target[:2], seen.task.image_shape)
+        loop = reference.rtf(*target[:2], shape)
     for images in loop:
         watch(images)
     return images
 
 
-def breaching(scene: Scene, seen: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
-    """breaching 0.1.2, its configuration `invertinggradients` as it is."""
+def breaching(experiment: Experiment, observation: Observation, trial: int, watch: Watch, iterations: int) -> Tensor:
+    """breaching 0.1.2 with its configuration `invertinggradients`."""
     import breaching as peer
 
     class Watched(peer.attacks.OptimizationBasedAttacker):
@@ -131,32 +126,36 @@ def breaching(scene: Scene, seen: Observation, trial: int, watch: Watch, iterati
             watch(candidate)
             return super()._compute_objective(candidate, *more)
 
-    class Facts(dict):
+    class Metadata(dict):
         __getattr__ = dict.__getitem__
 
-    task, count = seen.task, seen.update.num_examples
-    facts = Facts(shape=task.image_shape, modality="vision", mean=task.mean, std=task.std, classes=task.num_classes)
-    buffers = list(seen.model.buffers())
-    payload = [{"parameters": list(seen.model.parameters()), "buffers": buffers, "metadata": facts}]
-    told = {"num_data_points": count, "labels": seen.granted["labels"], "local_hyperparams": None}
-    shared = [{"gradients": list(seen.update.tensors), "buffers": None, "metadata": told}]
+    task, count, model = observation.task, observation.update.num_examples, observation.model
+    domain = task.domain
+    metadata = Metadata(
+        shape=domain.shape, modality="vision", mean=domain.mean, std=domain.std, classes=task.num_classes
+    )
+    buffers = list(model.buffers())
+    payload = [{"parameters": list(model.parameters()), "buffers": buffers, "metadata": metadata}]
+    known = {"num_data_points": count, "labels": observation.granted["labels"], "local_hyperparams": None}
+    shared = [{"gradients": list(observation.update.ordered(model)), "buffers": None, "metadata": known}]
     config = peer.get_attack_config("invertinggradients")
-    attacker = Watched(seen.model, torch.nn.CrossEntropyLoss(), config)
-    first = torch.randn(count, *task.image_shape, generator=stream(scene.seed, "attack", trial))
+    attacker = Watched(model, torch.nn.CrossEntropyLoss(), config)
+    first = torch.randn(count, *domain.shape, generator=stream(experiment.seed, "attack", trial))
     return attacker.reconstruct(payload, shared, {}, initial_data=first)[0]["data"]
 
 
-ENGINES = {"ours": ours, "reference": plain, "breaching": breaching}
+ENGINES: dict[str, Callable[..., Tensor]] = {"ours": ours, "reference": plain, "breaching": breaching}
 
 
-def with_labels(scene: Scene, seen: Observation, trial: int) -> Observation:
-    """The labels an attack infers, handed to all before the clock starts: its cost is no part of what is compared."""
-    labels = settle_labels(Matching(seen, "average").mean_gradient, seen, stream(scene.seed, "attack", trial))
-    return dataclasses.replace(seen, granted={"labels": labels})
+def with_labels(experiment: Experiment, observation: Observation, trial: int) -> Observation:
+    """The observation with the labels that an attack infers: all engines get them before the clock starts."""
+    gradient = GradientMatcher(observation, "single_step").mean_gradient
+    labels = infer_labels(gradient, observation, stream(experiment.seed, "attack", trial))
+    return dataclasses.replace(observation, granted={"labels": labels})
 
 
-def memory() -> float:
-    """The most this process has held since `forget_memory`, in MB."""
+def peak_memory() -> float:
+    """The largest memory of this process since `reset_peak_memory`, in MB."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -164,55 +163,53 @@ def memory() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def forget_memory() -> None:
-    try:
+def reset_peak_memory() -> None:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
-def score(truth: Batch, images: Tensor) -> float:
-    """Mean PSNR over the true images, each with its partner."""
-    pairs = match(truth.images, images)
-    return sum(psnr(t, images[j]) if j is not None else 0.0 for t, j in zip(truth.images, pairs, strict=True)) / len(
-        pairs
-    )
+def mean_psnr(truth: Batch, images: Tensor) -> float:
+    """Mean PSNR over the true images, each with its partner; 0 without one."""
+    pairs = pair(truth.examples, images)
+    scores = [0.0 if j is None else psnr(t, images[j]) for t, j in zip(truth.examples, pairs, strict=True)]
+    return sum(scores) / len(scores)
 
 
-def attacked(engine: str, scene: Scene, victim: Victim, watch: Watch, iterations: int) -> dict[str, Any]:
-    """One victim by one engine: seconds, iterations, (seconds, PSNR) on the way and at the end."""
-    infers = scene.command.attack_name == "ig_single"
-    seen = with_labels(scene, victim.seen, victim.trial) if infers else victim.seen
-    forget_memory()
+def attack_one(engine: str, experiment: Experiment, job: Job, watch: Watch, iterations: int) -> dict[str, Any]:
+    """One victim by one engine: seconds, iterations, and (seconds, PSNR) on the way and at the end."""
+    observation, truth = job.observation, job.payload.truth
+    if experiment.command.attack_name == "ig_single":
+        observation = with_labels(experiment, observation, job.index)
+    reset_peak_memory()
     answer, watch.start = None, time.perf_counter()
-    with contextlib.suppress(Stop):
-        answer = ENGINES[engine](scene, seen, victim.trial, watch, iterations).detach()
-    total, peak = time.perf_counter() - watch.start, memory()
-    pictures = watch.pictures if answer is None else [*watch.pictures, (total, answer)]
-    scores = [(t, score(victim.truth, p.cpu().float().clamp(0, 1))) for t, p in pictures]
+    with contextlib.suppress(BudgetSpent):
+        answer = ENGINES[engine](experiment, observation, job.index, watch, iterations).detach()
+    total, peak = time.perf_counter() - watch.start, peak_memory()
+    stored = watch.stored if answer is None else [*watch.stored, (total, answer)]
+    is_image = [(t, p) for t, p in stored if p.shape[1:] == truth.examples.shape[1:]]
+    scores = [(t, mean_psnr(truth, p.cpu().float().clamp(0, 1))) for t, p in is_image]
     found = {"seconds": total, "iterations": len(watch.times), "scores": scores, "peak": peak}
-    if scene.command.attack_name == "cpa":
-        found["corr"] = min(correlations(victim.truth.images, pictures[-1][1].float())[0])
+    if experiment.command.attack_name == "cpa":
+        found["corr"] = min(correlations(truth.examples, is_image[-1][1].float())[0])
     return found
 
 
 def main() -> None:
     engine, iterations, how, mode, *flags = sys.argv[1:]
-    page, run_cls, scene_cls = MODES[mode]
-    (command,) = cli.parse(flags, run_cls, discover(), "engines.py")
-    scene = scene_cls(mode, command)
+    flags_cls, source = MODES[mode]
+    (command,) = cli.parse(flags, flags_cls, ATTACKS, "engines.py")
+    experiment = Experiment(mode, command, source)
     if engine == "breaching":
         importlib.import_module("breaching")  # before the clock starts
-    victims = page.observations(scene)
-    first = next(victims)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the peer prints
-    watch_cls = Baton if how == "turns" else Watch
-    chosen = [first] if how == "turns" else itertools.chain([first], victims)
-    found = []
-    for victim in chosen:
+    jobs = experiment.jobs_of(experiment.session(), set())
+    first = next(jobs)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  breaching prints
+    watch_cls = TurnWatch if how == "turns" else Watch
+    victims = []
+    for job in [first] if how == "turns" else itertools.chain([first], jobs):
         watch = watch_cls(int(iterations))
-        found.append(attacked(engine, scene, victim, watch, int(iterations)) | {"times": watch.times})
-    print(json.dumps({"victims": found, "threads": torch.get_num_threads()}), file=sys.__stdout__)
+        victims.append(attack_one(engine, experiment, job, watch, int(iterations)) | {"times": watch.times})
+    print(json.dumps({"victims": victims, "threads": torch.get_num_threads()}), file=sys.__stdout__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How far from this machine's limit: FLOPs of a matching gradient, counted, over its time and the rate of a matmul.
+"""Achieved share of this machine's matmul rate: counted FLOPs of a matching gradient over its time.
 
-`useful` counts what plain convolutions would take, once each, for the loss, its gradient and the slope of the match;
-`done` what was really multiplied. Useful work can go over the limit, as Winograd's convolutions multiply less.
+`useful` counts what plain convolutions need, once each, for the loss, its gradient and the gradient of the distance;
+`done` counts what was multiplied. Useful work can exceed the limit, because Winograd's convolutions multiply less.
 """
 
 import statistics
@@ -15,30 +15,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import models
-from attacks.common import cosine_distance
+from attacks.matching.distances import cosine_distance
+from core.hyperparameters import hp, hyperparameters
+from core.paths import ROOT
 from experiments.bench.speed import machine, write
 from models.meta import MetaModel
-from utils.cli import ROOT, hp, settings
-from utils.memory import keep_pages
-from utils.report import number
-from utils.run import page
+from report.tables import number
+from runner.cli import run_script
+from utils.memory import disable_malloc_trim
 
 
-@settings
+@hyperparameters
 class Flags:
     """Achieved fraction of the machine's matmul rate."""
 
     model: tuple[str, ...] = hp(("convnet64", "resnet18"), "networks")
-    batch_size: tuple[int, ...] = hp((1, 8), "images behind a gradient")
-    image_size: int = hp(32, "side in pixels", least=9)
-    threads: int = hp(0, "0: torch's default", least=0)
-    repeats: int = hp(5, "timings of each; the middle one counts", least=1)
-    matmul: int = hp(1536, "side of the matrices whose product is the limit", least=16)
-    out: Path = hp(ROOT / "results" / "bench", "where limit.md and limit.csv go")
+    batch_size: tuple[int, ...] = hp((1, 8), "numbers of images behind a gradient")
+    image_size: int = hp(32, "side in pixels", ge=9)
+    threads: int = hp(0, "CPU threads; 0: torch's default", ge=0)
+    repeats: int = hp(5, "number of timings, whose median counts", ge=1)
+    matmul: int = hp(1536, "side of the matrices whose product sets the limit", ge=16)
+    out: Path = hp(ROOT / "results" / "bench", "folder of limit.md and limit.csv")
 
 
 class Counter(TorchDispatchMode):
-    """FLOPs of all that runs inside."""
+    """FLOPs of everything that runs inside the block."""
 
     def __enter__(self) -> "Counter":
         self.total = 0
@@ -69,14 +70,14 @@ def rate(kind: torch.dtype, side: int, repeats: int) -> float:
 
 
 def useful(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> int:
-    """Forward, both gradients, and the four products of their derivative: 7 for each product of a forward pass."""
+    """The forward pass, both gradients, and the four products of their derivative: 7 per product of a forward pass."""
     with Counter() as counter, torch.no_grad():
         net(x)
     return 7 * counter.total
 
 
 def main(flags: Flags) -> None:
-    keep_pages()
+    disable_malloc_trim()
     if flags.threads:
         torch.set_num_threads(flags.threads)
     limits = {k: rate(k, flags.matmul, flags.repeats) for k in (torch.float32, torch.bfloat16)}
@@ -88,12 +89,9 @@ def main(flags: Flags) -> None:
             x, y = torch.rand(batch, 3, flags.image_size, flags.image_size, generator=rng), torch.arange(batch) % 10
             need = useful(net, x, y)
             for how in ("plain", "winograd", "winograd, bfloat16"):
-                meta = MetaModel(net)
-                target = meta.gradient(1 - x, y, create_graph=False)
-                if how != "plain":
-                    meta.hasten(x)
-                    meta.halve(how.endswith("bfloat16"))
-                    target = meta.laid_out(target)
+                dtype = torch.bfloat16 if how.endswith("bfloat16") else None
+                meta = MetaModel(net, fast_convs=None if how == "plain" else x, conv_dtype=dtype)
+                target = meta.to_memory_format(MetaModel(net).gradient(1 - x, y, create_graph=False))
                 guess = x.clone().requires_grad_()
 
                 def step(meta: MetaModel = meta, guess: Any = guess, target: Any = target, y: Any = y) -> Any:
@@ -109,10 +107,10 @@ def main(flags: Flags) -> None:
     header = ["net", "batch", "convolutions", "useful GFLOP", "done GFLOP", "ms", "useful GFLOP/s"]
     header += ["useful / limit", "done / limit"]
     flags.out.mkdir(parents=True, exist_ok=True)
-    told = ", ".join(f"{str(k).removeprefix('torch.')} {v / 1e9:.0f} GFLOP/s" for k, v in limits.items())
-    notes = [f"{machine()}, {torch.get_num_threads()} threads", f"limit, a {flags.matmul}^2 matmul: {told}"]
+    rates = ", ".join(f"{str(k).removeprefix('torch.')} {v / 1e9:.0f} GFLOP/s" for k, v in limits.items())
+    notes = [f"{machine()}, {torch.get_num_threads()} threads", f"limit, a {flags.matmul}^2 matmul: {rates}"]
     write(flags.out, "limit", header, rows, notes)
 
 
 if __name__ == "__main__":
-    page(Flags, main, __doc__)
+    run_script(Flags, main, __doc__)

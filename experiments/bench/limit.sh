@@ -3,7 +3,7 @@
 # sh experiments/bench/limit.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
-DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
+DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos needs no download
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,4 +1,4 @@
-"""What an attack costs as things grow: batch, image side, local steps, and trials over jobs."""
+"""The cost of an attack over batch size, image side, local steps, and trials over jobs."""
 
 import subprocess
 import sys
@@ -6,27 +6,28 @@ import tempfile
 import time
 from pathlib import Path
 
+from core.hyperparameters import hp, hyperparameters
+from core.paths import ROOT
 from experiments.bench.speed import failed, machine, run, write
-from utils.cli import ROOT, hp, settings
-from utils.report import number
-from utils.run import page
+from report.tables import number
+from runner.cli import run_script
 
 
-@settings
+@hyperparameters
 class Flags:
     """Cost against batch size, image size, local steps, trials and jobs."""
 
     model: str = hp("convnet64", "network of ig_single and ig_multi")
-    batch_size: tuple[int, ...] = hp((1, 2, 4, 8, 16), "images behind a gradient")
-    image_size: tuple[int, ...] = hp((32, 64, 128, 224), "sides in pixels, of one image")
-    local_steps: tuple[int, ...] = hp((1, 2, 5, 10), "of a client with one image, unrolled")
-    trials: tuple[int, ...] = hp((2, 8), "of dlg")
-    dlg_iterations: int = hp(800, "at the most, of each trial of dlg", least=1)
-    jobs: tuple[int, ...] = hp((1, 2), "at once")
-    iterations: int = hp(10, "timed, of each", least=3)
-    base_datadir: Path = hp(ROOT / "datasets", "where data sets lie")
-    dataset: str = hp("photos", "whose images")
-    out: Path = hp(ROOT / "results" / "bench", "where scale.md and scale.csv go")
+    batch_size: tuple[int, ...] = hp((1, 2, 4, 8, 16), "numbers of images behind a gradient")
+    image_size: tuple[int, ...] = hp((32, 64, 128, 224), "sides of a single image in pixels")
+    local_steps: tuple[int, ...] = hp((1, 2, 5, 10), "numbers of local steps of a client with one image")
+    trials: tuple[int, ...] = hp((2, 8), "numbers of trials in the timing of dlg")
+    dlg_iterations: int = hp(800, "largest number of iterations in a trial of dlg", ge=1)
+    jobs: tuple[int, ...] = hp((1, 2), "numbers of worker processes")
+    iterations: int = hp(10, "number of timed iterations", ge=3)
+    base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets")
+    dataset: str = hp("photos", "data set")
+    out: Path = hp(ROOT / "results" / "bench", "folder of scale.md and scale.csv")
 
 
 def main(flags: Flags) -> None:
@@ -53,7 +54,7 @@ def main(flags: Flags) -> None:
             rows.append(["trials x jobs", f"{trials} x {jobs}", f"{took:.1f} s", number(alone / took / jobs, 2), "-"])
     notes = [
         machine(),
-        "relative: to the first of its axis; of trials, the efficiency against the first number of jobs",
+        "relative: cost over the axis's first row; of trials: parallel efficiency over the first number of jobs",
     ]
     write(flags.out, "scale", ["axis", "size", "cost", "relative", "peak MB"], rows, notes)
 
@@ -61,9 +62,9 @@ def main(flags: Flags) -> None:
 def command(words: list[str]) -> float:
     """Seconds of `main_grad.py words`, start-up and scoring included."""
     with tempfile.TemporaryDirectory() as out:
-        page = [sys.executable, str(ROOT / "main_grad.py"), *words, "--out", out]
+        command = [sys.executable, str(ROOT / "main_grad.py"), *words, "--out", out]
         start = time.perf_counter()
-        done = subprocess.run(page, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         took = time.perf_counter() - start
     if done.returncode:
         failed(f"main_grad.py {' '.join(words)}", done.stderr)
@@ -71,4 +72,4 @@ def command(words: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    page(Flags, main, __doc__)
+    run_script(Flags, main, __doc__)

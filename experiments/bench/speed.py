@@ -1,10 +1,10 @@
-"""How fast, against the papers' own loops and against breaching 0.1.2: same gradient, model, labels and machine.
+"""Speed against the papers' own loops and against breaching 0.1.2: same gradient, model, labels and machine.
 
-Each engine runs in a process of its own, at its own default threads. Where an iteration is the same thing in all of
-them (ig_single), they take single iterations in turn, A B C C B A, so that whatever else the machine does falls on all
-alike; a ratio is of neighbours, and its least, middle and largest are shown. Then each runs as long as it would, alone:
-ours to its end, the peer for a number of iterations, and the paper's loop for some iterations or, with --whole-loops,
-its budget; where it was cut short its seconds are reckoned as speed times budget, and its pictures are not looked at.
+Each engine runs in a process of its own, with its own default threads. Where an iteration is the same work in all of
+them (ig_single), they take single iterations in turn, A B C C B A, so that other load on the machine affects all alike;
+ratios are of neighbouring iterations, and their minimum, median and maximum are shown. Then each engine runs alone:
+ours to its end, breaching for a number of iterations, and the paper's loop for some iterations or, with --whole-loops,
+for its budget. The seconds of a loop that was cut short are extrapolated from its speed, and its images are not scored.
 """
 
 import csv
@@ -19,11 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from attacks.base import discover
+from attacks.base import ATTACKS
+from core.hyperparameters import hp, hyperparameters
+from core.paths import ROOT
 from experiments.bench.reference import budget
-from utils.cli import ROOT, fail, hp, settings
-from utils.report import number, table
-from utils.run import page
+from report.tables import number, table
+from runner.cli import fail, run_script
 
 CASES = {  # flags of main_grad
     "dlg": ["dlg"],
@@ -37,22 +38,22 @@ CASES = {  # flags of main_grad
 Run = dict[str, Any]
 
 
-@settings
+@hyperparameters
 class Flags:
     """Speed of attacks against the papers' loops and a peer."""
 
-    cases: tuple[str, ...] = hp(("dlg", "ig_convnet64_1", "ig_convnet64_8", "rtf", "cpa"), f"of {', '.join(CASES)}")
-    victims: int = hp(1, "attacked one after the other, in each case", least=1)
-    turns: int = hp(20, "single iterations of each engine, one of each at a time; batches of 8 a quarter", least=8)
-    iterations: int = hp(40, "of the papers' loops, where they are cut short", least=2)
-    peer_iterations: int = hp(1000, "of breaching's one long run on a single image; 0: none", least=0)
-    long: bool = hp(True, "also run each alone; what has no iterations to compare always is")
-    whole_loops: bool = hp(False, "run the papers' loops for their whole budget: hours")
-    base_datadir: Path = hp(ROOT / "datasets", "where data sets lie")
-    dataset: str = hp("photos", "whose images")
-    image_size: int | None = hp(None, "side in pixels")
-    seed: int = hp(0, "of victims and models", least=0)
-    out: Path = hp(ROOT / "results" / "bench", "where speed.md, speed.csv and a speed_<case>.json each go")
+    cases: tuple[str, ...] = hp(("dlg", "ig_convnet64_1", "ig_convnet64_8", "rtf", "cpa"), f"cases: {', '.join(CASES)}")
+    victims: int = hp(1, "number of victims in each case, attacked one after the other", ge=1)
+    turns: int = hp(20, "number of single iterations taken in turn; a quarter of it for batches of 8", ge=8)
+    iterations: int = hp(40, "iterations of a paper's loop that is cut short", ge=2)
+    peer_iterations: int = hp(1000, "iterations of breaching's long run on a single image; 0: none", ge=0)
+    long: bool = hp(True, "runs of each engine alone; attacks without comparable iterations always have them")
+    whole_loops: bool = hp(False, "papers' loops with their whole budget: hours")
+    base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets")
+    dataset: str = hp("photos", "data set")
+    image_size: int | None = hp(None, "side of the images in pixels")
+    seed: int = hp(0, "random seed for victims and models", ge=0)
+    out: Path = hp(ROOT / "results" / "bench", "folder of speed.md, speed.csv and speed_<case>.json")
 
 
 class Engine:
@@ -77,17 +78,17 @@ class Engine:
             fail(f"{self.what} ended before its turns did: fewer --turns")
 
     def end(self) -> Run:
-        """What it has to say when it has come to its end, or is told to stop taking turns."""
-        said = self.process.communicate()[0].splitlines()
+        """The result of the process, which ends or is told to stop taking turns."""
+        output = self.process.communicate()[0].splitlines()
         self.errors.seek(0)
         if self.process.returncode:
             failed(self.what, self.errors.read())
-        return json.loads(said[-1])  # a dot at the most stands before it
+        return json.loads(output[-1])
 
 
 def failed(what: str, errors: str) -> NoReturn:
-    """Ends with the last thing a process had to say."""
-    fail(f"{what} failed: {(errors.strip().splitlines() or ['no word why'])[-1]}")
+    """End with the last line that a process wrote on standard error."""
+    fail(f"{what} failed: {(errors.strip().splitlines() or ['no message'])[-1]}")
 
 
 def run(name: str, iterations: int, case: list[str]) -> Run:
@@ -107,29 +108,29 @@ def take_turns(names: list[str], turns: int, case: list[str]) -> dict[str, Run]:
 
 
 def reaches(found: Run, decibels: float) -> float | None:
-    """Seconds until the images are that near, as best so far."""
+    """Seconds until the PSNR first reaches `decibels`."""
     return next((t for t, psnr in found["scores"] if psnr >= decibels), None)
 
 
-def reckoned(found: Run, iterations: int) -> float:
-    """Seconds of so many iterations, by the speed of those there were after the first."""
+def extrapolated(found: Run, iterations: int) -> float:
+    """Seconds of so many iterations, by the speed of those after the first."""
     first, *_, last = found["times"]
     return first + (last - first) / (len(found["times"]) - 1) * (iterations - 1)
 
 
 def best(found: Run) -> tuple[float, float]:
-    """(PSNR, seconds it took) of the nearest the images came."""
+    """The best (PSNR, seconds)."""
     psnr = max(p for _, p in found["scores"])
     return psnr, next(t for t, p in found["scores"] if p == psnr)
 
 
-def spread(values: list[float], digits: int) -> str:
+def min_median_max(values: list[float], digits: int) -> str:
     """min-median-max, or the value if there is one."""
-    of = (min(values), statistics.median(values), max(values)) if len(values) > 1 else values
-    return "-".join(f"{v:.{digits}f}" for v in of)
+    shown = (min(values), statistics.median(values), max(values)) if len(values) > 1 else values
+    return "-".join(f"{v:.{digits}f}" for v in shown)
 
 
-def middle(values: list[float | None], digits: int = 1) -> str:
+def median(values: list[float | None], digits: int = 1) -> str:
     """The median over victims; "-" if one has none."""
     return "-" if None in values else number(statistics.median(values), digits)
 
@@ -141,7 +142,7 @@ def measure(name: str, flags: Flags, engines: list[str]) -> list[list[str]]:
     attack, batched = case[1], name.endswith("_8")
     alike = attack == "ig_single"
     there = [e for e in engines if alike or e != "breaching"]
-    full = budget(discover()[attack])
+    full = budget(ATTACKS[attack])
     cut = {"ours": 0, "reference": full if flags.whole_loops else min(full, flags.iterations)}
     if flags.peer_iterations and not batched:
         cut["breaching"] = flags.peer_iterations
@@ -152,30 +153,30 @@ def measure(name: str, flags: Flags, engines: list[str]) -> list[list[str]]:
     rows = []
     for engine in there:
         row = dict.fromkeys(HEADER, "-") | {"case": name, "engine": engine}
-        told = [r[engine] for r in (turns, whole) if engine in r]
+        runs = [r[engine] for r in (turns, whole) if engine in r]
         if alike:
             ratios = [a / b for a, b in zip(steps[engine], steps["ours"], strict=True)]
             row["ms/iteration"] = f"{1e3 * statistics.median(steps[engine]):.3g}"
-            row["x ours"] = "1" if engine == "ours" else spread(ratios, 2)
+            row["x ours"] = "1" if engine == "ours" else min_median_max(ratios, 2)
         if engine in whole:
             found = whole[engine]["victims"]
             short = engine == "reference" and cut[engine] < full
-            seconds = statistics.mean(reckoned(v, full) if short else v["seconds"] for v in found)
-            row["s/victim"] = f"{seconds:.3g}{' (reckoned)' if short else ''}"
+            seconds = statistics.mean(extrapolated(v, full) if short else v["seconds"] for v in found)
+            row["s/victim"] = f"{seconds:.3g}{' (extrapolated)' if short else ''}"
             ours = statistics.mean(v["seconds"] for v in whole["ours"]["victims"])
             if engine != "breaching":  # whose budget is ours to choose
                 row["x ours, whole"] = "1" if engine == "ours" else f"{seconds / ours:.3g}"
             if alike:
-                row["iterations"] = str(full) if short else middle([v["iterations"] for v in found], 0)
+                row["iterations"] = str(full) if short else median([v["iterations"] for v in found], 0)
             if not short:
                 for decibels in (20, 25):
-                    row[f"s to {decibels} dB"] = middle([reaches(v, decibels) for v in found])
-                row["best PSNR dB"] = spread([best(v)[0] for v in found], 1)
-                row["s to it"] = middle([best(v)[1] for v in found])
-                row["final PSNR dB"] = spread([v["scores"][-1][1] for v in found], 1)
-                row["corr"] = middle([v.get("corr") for v in found], 3)
-        row["threads"] = str(told[0]["threads"])
-        row["peak MB"] = f"{max(v['peak'] for r in told for v in r['victims']):.0f}"
+                    row[f"s to {decibels} dB"] = median([reaches(v, decibels) for v in found])
+                row["best PSNR dB"] = min_median_max([best(v)[0] for v in found], 1)
+                row["s to it"] = median([best(v)[1] for v in found])
+                row["final PSNR dB"] = min_median_max([v["scores"][-1][1] for v in found], 1)
+                row["corr"] = median([v.get("corr") for v in found], 3)
+        row["threads"] = str(runs[0]["threads"])
+        row["peak MB"] = f"{max(v['peak'] for r in runs for v in r['victims']):.0f}"
         rows.append(list(row.values()))
     return rows
 
@@ -185,7 +186,7 @@ HEADER += ["s to 20 dB", "s to 25 dB", "best PSNR dB", "s to it", "final PSNR dB
 
 
 def machine() -> str:
-    """Processor, cores, torch: what a number belongs to."""
+    """Processor, cores and torch version, for the notes below a table."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -223,12 +224,12 @@ def main(flags: Flags) -> None:
         rows += measure(name, flags, engines)
         print(table(HEADER, [r for r in rows if r[0] == name]), flush=True)
     notes.append(
-        "x ours: least-median-largest of neighbouring iterations; x ours, whole: of seconds for a victim, the paper's "
-        "loop with its whole budget; seconds to a PSNR and to the best are medians over victims, the best is chosen by "
-        "truth; peak is of the process; ours keeps freed memory (utils/memory.py), the others use malloc as it is"
+        "x ours: minimum-median-maximum over neighbouring iterations; x ours, whole: seconds per victim, the paper's "
+        "loop with its whole budget; seconds to a PSNR and to the best are medians over victims, the best is selected "
+        "by truth; peak memory is of the process; ours keeps freed memory (utils/memory.py), the others do not"
     )
     write(flags.out, "speed", HEADER, rows, notes)
 
 
 if __name__ == "__main__":
-    page(Flags, main, __doc__)
+    run_script(Flags, main, __doc__)

@@ -6,7 +6,7 @@
 # ATTACKS="ig_single sme" STEPS=1,5 RATES=0.01 IMAGES=1,4 before it narrow the grid.
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
-DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
+DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos needs no download
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 OUT=${OUT:-$ROOT/results/recipe}
@@ -24,4 +24,4 @@ done
 set --
 for run in "$OUT"/fed/*/*/done; do set -- "$@" "${run%/done}"; done
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-"$PYTHON" "$ROOT/utils/report.py" --to "$OUT" "$@" && echo "$OUT/table.md, table.csv, plot.png"
+"$PYTHON" -m report --to "$OUT" "$@" && echo "$OUT/table.md, table.csv, plot.png"

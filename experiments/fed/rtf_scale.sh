@@ -4,12 +4,12 @@
 # sh experiments/fed/rtf_scale.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
-DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
+DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos needs no download
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 set -- --dataset "$DATASET" --base-datadir "$BASE_DATADIR" --model cnn --client-images 64 --batch-size 8 --clients 3 \
     --rounds 1 --trials 3 "$@"
-"$PYTHON" "$ROOT/main_fed.py" rtf "$@" --drift 0 --connection linear \
+"$PYTHON" "$ROOT/main_fed.py" rtf "$@" --threshold-drift 0 --connection linear \
     --sweep quantiles=official,smooth local-epochs=1,5 decoder=bias,rows || exit
 exec "$PYTHON" "$ROOT/main_fed.py" rtf "$@" \
-    --sweep drift=0,1e-7,1e-6,1e-5,1e-4,1e-3 local-epochs=1,5 connection=addition,linear decoder=rows,bias
+    --sweep threshold-drift=0,1e-7,1e-6,1e-5,1e-4,1e-3 local-epochs=1,5 connection=addition,linear decoder=rows,bias

@@ -4,9 +4,9 @@
 # sh experiments/grad/ggl_choices.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
-DATASET=${DATASET:-photos}        # photos (nothing to download) mnist cifar10 cifar100 tiny_imagenet imagenet folder
+DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos needs no download
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
-set -- --dataset "$DATASET" --base-datadir "$BASE_DATADIR" --model cnn --trials 16 --pixels 0 "$@"
+set -- --dataset "$DATASET" --base-datadir "$BASE_DATADIR" --model cnn --trials 16 --comparison-iterations 0 "$@"
 "$PYTHON" "$ROOT/main_grad.py" ggl "$@" --sweep pretrain-epochs=0,5,20 || exit
-exec "$PYTHON" "$ROOT/main_grad.py" ggl "$@" --generator vae --sweep generator-units=half,dataset
+exec "$PYTHON" "$ROOT/main_grad.py" ggl "$@" --generator vae --sweep output-normalization=half,dataset

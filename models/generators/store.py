@@ -1,0 +1,226 @@
+"""Trained generators on disk: each is trained once on given public images and loaded from then on.
+
+Each has a folder below checkpoints/, named by everything that the result depends on. It holds generator.safetensors,
+manifest.json, samples.png (random images of the first classes, a row for each) and, during training, state.pt, from
+which an interrupted training continues.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from core.errors import UsageError
+from core.paths import ROOT
+from core.protocol import Batch, Task
+from models.generators import training
+from models.generators.base import Generator
+from models.generators.training import KINDS, GeneratorConfig, OutputNormalization
+from utils.files import digest, write_atomically, write_json
+
+SAVE_EVERY = 20.0  # seconds between two checkpoints of a training
+SAMPLED_CLASSES, SAMPLES_PER_CLASS = 10, 10  # rows and columns of samples.png
+
+
+def checkpoint_dir() -> Path:
+    """The folder of all trained generators: $CHECKPOINTS, or checkpoints/ of this repository."""
+    return Path(os.environ.get("CHECKPOINTS") or ROOT / "checkpoints")
+
+
+def make_config(
+    kind: str,
+    *,
+    latent_dim: int = 32,
+    steps: int = 0,
+    width: int = 0,
+    output_normalization: OutputNormalization = "half",
+    seed: int = 0,
+) -> GeneratorConfig:
+    """The configuration of a generator; 0 `steps` or `width` stands for the kind's own default.
+
+    Raises UsageError for an unknown kind.
+    """
+    _, default_steps, default_width = KINDS.find(kind)
+    return GeneratorConfig(kind, latent_dim, steps or default_steps, width or default_width, output_normalization, seed)
+
+
+def load_or_train(
+    config: GeneratorConfig, public: Batch, classes: int, metadata: Mapping[str, Any] | None = None
+) -> tuple[Generator, Path]:
+    """The generator that `config` describes, trained on exactly these public images, and its folder.
+
+    Trains it only if the folder does not hold it yet; `metadata` (data set, commit) is then added to its manifest. A
+    second process that asks for the same generator waits for the first.
+    """
+    folder = checkpoint_dir() / f"{config.kind}-{_key(config, public, classes)}"
+    if not (folder / "generator.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if not (folder / "generator.safetensors").exists():
+                _train(config, public, classes, folder, metadata or {})
+    return load(folder, public.examples.device), folder
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> Generator:
+    """The generator in `folder`, in eval mode, without `requires_grad`. Raises UsageError if it cannot be read."""
+    facts = manifest(folder)
+    config = facts["config"]
+    try:
+        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are drawn from the stream
+            generator = KINDS[config.kind].trainer.generator_class(config, facts["image_shape"], facts["classes"])
+        generator.load_state_dict(load_file(folder / "generator.safetensors", device=str(device)))
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"the generator in {folder} is incomplete or damaged: train one with experiments/prior.sh"
+        ) from None
+    return generator.to(device).eval().requires_grad_(False)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The facts about the generator in `folder`. Raises UsageError if there is none.
+
+    "config" is its GeneratorConfig, "image_shape" (C, H, W), "classes" their number and "data" the `data_digest` of the
+    images it was trained on. The rest is for information: number of images and parameters, last loss, seconds, and
+    the metadata given to `load_or_train`.
+    """
+    try:
+        facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        channels, height, width = facts["image_shape"]
+        return facts | {
+            "image_shape": (int(channels), int(height), int(width)),
+            "classes": int(facts["classes"]),
+            "config": GeneratorConfig(**facts["config"]),
+            "data": str(facts["data"]),
+        }
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(f"{folder} holds no generator: train one with experiments/prior.sh") from None
+
+
+def check_compatible(folder: Path, task: Task, public: Batch | None = None) -> dict[str, Any]:
+    """The manifest of the generator in `folder`.
+
+    Raises UsageError unless the generator makes images of this task's shape and number of classes and, if `public` is
+    given, was trained on exactly these images.
+    """
+    facts = manifest(folder)
+    shape, classes = facts["image_shape"], facts["classes"]
+    if (shape, classes) != (task.domain.shape, task.num_classes):
+        expected = "x".join(map(str, task.domain.shape))
+        raise UsageError(
+            f"the generator in {folder} makes {'x'.join(map(str, shape))} images of {classes} classes, but this task "
+            f"has {expected} images of {task.num_classes}: leave out `generator_file`, or train a generator for it"
+        )
+    if public is not None and facts["data"] != data_digest(public):
+        source = facts.get("dataset", "unnamed")
+        raise UsageError(
+            f"the generator in {folder} was trained on other images ({source}) than this run's public split, and "
+            "victims may be among them: leave out `generator_file`, or train one on this split"
+        )
+    return facts
+
+
+def data_digest(public: Batch) -> str:
+    """16 hexadecimal digits that depend on every pixel and label."""
+    hasher = hashlib.sha256(public.examples.cpu().numpy().tobytes())
+    hasher.update(public.labels.cpu().numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def _key(config: GeneratorConfig, public: Batch, classes: int) -> str:
+    """12 hexadecimal digits that depend on everything a trained generator does, including the code that trains it."""
+    modules = (sys.modules[__name__], training, inspect.getmodule(KINDS[config.kind].trainer))
+    code = "".join(inspect.getsource(module) for module in modules)
+    device = public.examples.device.type
+    return digest([asdict(config), classes, data_digest(public), digest(code), torch.__version__, device])
+
+
+def _train(config: GeneratorConfig, public: Batch, classes: int, folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Train to the last step on one thread: with more, sums are taken in another order and the result changes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _train_on_one_thread(config, public, classes, folder, metadata)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_on_one_thread(
+    config: GeneratorConfig, public: Batch, classes: int, folder: Path, metadata: Mapping[str, Any]
+) -> None:
+    rng = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        trainer = KINDS[config.kind].trainer(config, public, classes)
+    parts, checkpoint = trainer.stateful(), folder / "state.pt"
+    done, seconds_before = 0, 0.0
+    # training starts from the beginning if there is no checkpoint or it is damaged
+    with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+        saved = torch.load(checkpoint, map_location=public.examples.device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        done, seconds_before = saved["done"], saved["seconds"]
+        rng.set_state(saved["rng"].cpu())
+    started = last_save = time.monotonic()
+    loss = math.nan
+    pause = 0.2 if sys.stderr.isatty() else 20  # seconds between two lines of progress
+    with tqdm(
+        total=config.steps, initial=done, desc=f"{config.kind} generator", unit="step", mininterval=pause, ncols=80
+    ) as bar:
+        for loss in trainer.steps(done, rng):
+            done += 1
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+            if time.monotonic() - last_save > SAVE_EVERY and done < config.steps:
+                last_save = time.monotonic()
+                state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"done": done, "seconds": seconds_before + last_save - started, "rng": rng.get_state()}
+                write_atomically(checkpoint, partial(torch.save, state))
+    trainer.finish()
+    generator = trainer.generator.eval()
+    write_atomically(folder / "samples.png", partial(_save_samples, generator, classes))
+    facts = {
+        "config": asdict(config),
+        "image_shape": list(public.examples.shape[1:]),
+        "classes": classes,
+        "data": data_digest(public),
+        "images": len(public.labels),
+        "parameters": sum(p.numel() for p in generator.parameters()),
+        "last_loss": loss,
+        "seconds": round(seconds_before + time.monotonic() - started, 1),
+        "torch": torch.__version__,
+        **metadata,
+    }
+    write_json(folder / "manifest.json", facts)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
+    # last: where this file exists, everything else does
+    write_atomically(folder / "generator.safetensors", partial(save_file, tensors))
+    checkpoint.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _save_samples(generator: Generator, classes: int, path: Path) -> None:
+    """Write a PNG of random images of the first classes, a row for each."""
+    from torchvision.utils import save_image
+
+    labels = torch.arange(min(classes, SAMPLED_CLASSES)).repeat_interleave(SAMPLES_PER_CLASS)
+    z = torch.randn(len(labels), generator.latent_dim, generator=torch.Generator().manual_seed(0))
+    device = next(generator.parameters()).device
+    images: Tensor = generator.decode(z.to(device), labels.to(device))
+    save_image(images, path, nrow=SAMPLES_PER_CLASS, format="png")

@@ -1,0 +1,71 @@
+"""Networks by name. A builder's keyword-only arguments are the options it takes, with its own defaults."""
+
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from core.errors import UsageError
+from core.registry import Registry
+
+Shape = tuple[int, int, int]  # (C, H, W)
+Builder = Callable[..., nn.Module]
+
+
+class Entry(NamedTuple):
+    builder: Builder
+    smallest: int  # the least height and width on which every layer has an output
+    options: tuple[str, ...]
+
+
+MODELS: Registry[Entry] = Registry("model", package="models.zoo")
+
+
+def model(name: str, smallest: int) -> Callable[[Builder], Builder]:
+    """Register `builder(image_shape, num_classes, *, option=default, ...)`, whose head is its last two parameters."""
+
+    def register(builder: Builder) -> Builder:
+        parameters = signature(builder).parameters.values()
+        options = tuple(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY)
+        MODELS.add(name, Entry(builder, smallest, options))
+        return builder
+
+    return register
+
+
+def build(
+    name: str,
+    image_shape: Shape,
+    num_classes: int,
+    *,
+    rng: torch.Generator | None = None,
+    **options: object,
+) -> nn.Module:
+    """A new network (N, C, H, W) -> (N, num_classes). An option that is None keeps the network's own default.
+
+    With `rng` the weights are drawn from it, and torch's global stream is not changed. Raises UsageError for a network
+    or option that does not exist, and for images that are too small.
+    """
+    entry = MODELS.find(name)
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in entry.options:
+            raise UsageError(f"{name} has no option {key}; it takes {', '.join(entry.options) or 'no options'}")
+    dropout, units = given.get("dropout"), given.get("width")
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        raise UsageError(f"`dropout={dropout}` is not a probability in [0, 1)")
+    if isinstance(units, int) and units < 1:
+        raise UsageError(f"`width={units}` leaves a layer without units")
+    if num_classes < 2:
+        raise UsageError(f"{name} needs at least 2 classes, not {num_classes}")
+    channels, height, width = image_shape
+    if channels < 1 or min(height, width) < entry.smallest:
+        least = f"{max(channels, 1)}x{entry.smallest}x{entry.smallest}"
+        raise UsageError(f"{name} needs images of at least {least}, not {channels}x{height}x{width}")
+    if rng is None:
+        return entry.builder(image_shape, num_classes, **given)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
+        return entry.builder(image_shape, num_classes, **given)

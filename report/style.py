@@ -1,0 +1,54 @@
+"""The one look of all figures: colours, fonts, sizes."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000")  # Okabe and Ito
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # lines can be told apart without colour
+REFERENCE = {"color": "#7F7F7F", "linestyle": "--", "linewidth": 1.2}  # baselines and oracles
+WIDTH, HEIGHT = 6.4, 4.0  # inches, of one panel
+SMALL = 8  # points: titles of small panels, captions of images
+DPI = 130
+
+_SETTINGS = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "errorbar.capsize": 3,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+}
+
+
+@contextlib.contextmanager
+def pyplot() -> Iterator[Any]:
+    """matplotlib.pyplot in this style, drawing to files only; settings of the caller come back afterwards."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from cycler import cycler
+
+    settings: Any = {**_SETTINGS, "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS)}
+    with plt.rc_context(settings):
+        yield plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to `path` and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)

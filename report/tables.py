@@ -1,0 +1,307 @@
+"""The tables of one run and of several, and the sentence that sums a run up.
+
+Everything is read from summaries, as in summary.json. The words here are those of the README and of `--help`.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.summary import RECOVERED_PSNR
+
+Summary = Mapping[str, Any]
+Gain = Mapping[str, float]  # mean, and the limits low and high of its 95% interval
+
+WIDTH = 80  # characters of a terminal
+FEW_UPDATES = 5  # below as many, an interval says little
+RECOVERED = f"recovered (PSNR >= {RECOVERED_PSNR:g} dB)"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def mean_std(values: Mapping[str, float] | None, digits: int = 2) -> str:
+    """mean ± standard deviation of an entry of a summary."""
+    return "-" if values is None else f"{values['mean']:.{digits}f} ± {values['std']:.{digits}f}"
+
+
+def interval(gain: Gain | None) -> str:
+    """mean [low, high] of a paired difference, with its 95% interval."""
+    return "-" if gain is None else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def sort_key(value: str) -> tuple[float, str]:
+    """Orders values as they stand in a table: numbers by size, before words."""
+    try:
+        return float(value), ""
+    except ValueError:
+        return math.inf, value
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table of a run, and one column of a comparison.
+
+    key: the entry of summary.json that it shows. Without `always` it is left out of tables of runs without this entry.
+    compared: whether it is a column of comparisons too.
+    """
+
+    label: str
+    key: str
+    show: Callable[[Summary], str]
+    help: str
+    always: bool = False
+    compared: bool = True
+
+
+ENTRIES = (
+    Entry("images", "images", lambda s: str(s["images"]), "number of true images that were scored", always=True),
+    Entry(
+        "PSNR (dB)",
+        "psnr",
+        lambda s: mean_std(s["psnr"]),
+        "peak signal-to-noise ratio of each reconstruction, capped at 100 dB, which an exact copy has",
+        always=True,
+    ),
+    Entry(
+        "PSNR, median (dB)",
+        "psnr",
+        lambda s: number(s["psnr"]["median"]),
+        "PSNR that half of the images reach",
+        compared=False,
+    ),
+    Entry(
+        "SSIM",
+        "ssim",
+        lambda s: mean_std(s["ssim"], 3),
+        "structural similarity, 1 for an exact copy; left out for images under 11 pixels",
+    ),
+    Entry(
+        "LPIPS",
+        "lpips",
+        lambda s: mean_std(s["lpips"], 3),
+        "learned perceptual distance, 0 for an exact copy; left out without AlexNet's weights",
+    ),
+    Entry(
+        RECOVERED,
+        "success_rate",
+        lambda s: number(s["success_rate"]),
+        f"share of images whose own reconstruction reaches {RECOVERED_PSNR:g} dB",
+        always=True,
+    ),
+    Entry(
+        "recoverable (oracle)",
+        "ceiling",
+        lambda s: number(s["ceiling"], 3),
+        "share of images that the attack can tell apart exactly; more may be recovered where others are similar",
+    ),
+    Entry(
+        "median PSNR of recovered (dB)",
+        "recovered_psnr",
+        lambda s: number(s["recovered_psnr"], 1),
+        "median over the recovered images alone",
+    ),
+    Entry(
+        "labels right",
+        "label_accuracy",
+        lambda s: number(s["label_accuracy"]),
+        "share of true labels that the attack predicted; left out if it predicts none",
+    ),
+    Entry(
+        "mean image (dB)",
+        "baseline_psnr",
+        lambda s: number(s["baseline_psnr"]),
+        "baseline: PSNR of the mean public image, from someone who never looked at the update",
+        always=True,
+    ),
+    Entry(
+        "class mean (dB)",
+        "class_baseline_psnr",
+        lambda s: number(s["class_baseline_psnr"]),
+        "baseline: PSNR of the mean public image of the true class, worth what a leaked label is worth",
+        always=True,
+    ),
+    Entry(
+        "above class mean (dB)",
+        "over_class_mean",
+        lambda s: interval(s["over_class_mean"]),
+        "PSNR minus that of the class mean, image by image: mean [95% interval over updates, or clients]",
+    ),
+    Entry(
+        "comparison attack (dB)",
+        "companion_psnr",
+        lambda s: number(s["companion_psnr"]),
+        "PSNR of another attack on the same updates",
+    ),
+    Entry(
+        "oracle projection (dB)",
+        "oracle_floor_psnr",
+        lambda s: number(s["oracle_floor_psnr"]),
+        "oracle: PSNR of the best images that the attack's generator can make, found with the true images",
+    ),
+    Entry(
+        "correlation (oracle)",
+        "oracle_corr",
+        lambda s: number(s["oracle_corr"], 3),
+        "oracle: absolute correlation of each unmixed source with its image, paired by the true images",
+    ),
+    Entry(
+        "PSNR, rescaled (oracle, dB)",
+        "oracle_affine_psnr",
+        lambda s: number(s["oracle_affine_psnr"], 1),
+        "oracle: PSNR of each source with the sign, scale and offset that the true image chooses",
+    ),
+    Entry(
+        "sign right",
+        "sign_ok",
+        lambda s: number(s["sign_ok"], 3),
+        "share of sources shown as an image rather than as its negative",
+    ),
+    Entry(
+        "candidates",
+        "candidates",
+        lambda s: number(s["candidates"], 1),
+        "number of reconstructions that the attack returns for an update",
+    ),
+    Entry(
+        "false-positive rate",
+        "control",
+        lambda s: number(s["control"], 3),
+        f"share of unrelated images, held by no client, that these reconstructions reach {RECOVERED_PSNR:g} dB for",
+    ),
+    Entry(
+        "missed",
+        "missed",
+        lambda s: str(s["missed"]),
+        "number of images without a reconstruction, scored with the mean public image",
+        compared=False,
+    ),
+    Entry(
+        "diverged",
+        "status",
+        lambda s: str(s["status"].get("diverged", 0)),
+        "number of updates for which the attack had no usable result; they are scored all the same",
+        always=True,
+    ),
+    Entry(
+        "test accuracy",
+        "accuracy",
+        lambda s: number(s["accuracy"], 3),
+        "accuracy of the trained model on held-out images, after the last round",
+    ),
+    Entry(
+        "training loss",
+        "training_loss",
+        lambda s: number(s["training_loss"], 3),
+        "mean training loss of the clients over all rounds",
+    ),
+    Entry(
+        "seconds",
+        "seconds",
+        lambda s: number(s["seconds"], 1),
+        "computing time of the attack, summed over updates, without set-up",
+        always=True,
+    ),
+    Entry(
+        "granted (oracle)",
+        "oracle",
+        lambda s: ", ".join(s["oracle"]),
+        "facts about the victims that the attacker was given",
+    ),
+)
+
+METRIC_HELP: dict[str, str] = {
+    **{entry.label: f"{entry.help} (`{entry.key}` in summary.json)" for entry in ENTRIES},
+    "±": "standard deviation over images",
+    "oracle": "a number that needs the true images, so that no attacker could compute it, or a fact about them",
+}
+
+
+def entries_of(summaries: Sequence[Summary], compared: bool = False) -> list[Entry]:
+    """The entries that some of these runs have a value for, and those that every table shows."""
+    shown = [e for e in ENTRIES if e.always or any(_has(s, e) for s in summaries)]
+    return [e for e in shown if e.compared] if compared else shown
+
+
+def cell(summary: Summary, entry: Entry) -> str:
+    return entry.show(summary) if _has(summary, entry) else "-"
+
+
+def _has(summary: Summary, entry: Entry) -> bool:
+    if entry.key == "missed":  # worth a row only if there are any
+        return bool(summary.get("missed"))
+    if entry.key == "recovered_psnr":  # the median of everything says the same where attacks are not all or nothing
+        return summary.get("recovered_psnr") is not None and "ceiling" in summary
+    return summary.get(entry.key) not in (None, [])
+
+
+def one_run(summary: Summary) -> str:
+    """The text at the end of a run: what ran, remarks on the data, a table that fits 80 columns, and one sentence."""
+    title = f"{summary['attack']} ({summary['mode']}) on {summary['dataset']}, model {summary['model']}"
+    head = "\n".join([title, *(textwrap.fill(note, WIDTH) for note in summary.get("notes", ()))])
+    shown = entries_of([summary])
+    rows = [[entry.label, cell(summary, entry)] for entry in shown]
+    sentence = textwrap.fill(verdict(summary), WIDTH, break_on_hyphens=False)
+    return f"{head}\n{table(['metric', 'value (± standard deviation over images)'], rows)}\n{sentence}"
+
+
+def verdict(summary: Summary) -> str:
+    """One sentence: what this attack revealed beyond the label, and how sure that is."""
+    images, updates = summary["images"], sum(summary["status"].values())
+    if not images:
+        return "Nothing was scored, because the true images are unknown."
+    if summary["attack"] == "baseline":
+        return "No attack ran: every image was scored with the mean public image."
+    count = round(summary["success_rate"] * images)
+    start = f"{count} of {_plural(images, 'image')} recovered (PSNR >= {RECOVERED_PSNR:g} dB)"
+    return f"{start}; {_gain_in_words(summary, updates, count)}{_comparison_in_words(summary)}."
+
+
+def _gain_in_words(summary: Summary, updates: int, recovered: int) -> str:
+    """How PSNR compares with the mean image of the class."""
+    if summary["class_baseline_psnr"] is None:
+        return "there are no public images to compare with"
+    than = "the mean public image of the true class"
+    difference = summary["psnr"]["mean"] - summary["class_baseline_psnr"]
+    gain = summary["over_class_mean"]
+    figures = f"PSNR is {abs(difference):.2f} dB {'above' if difference >= 0 else 'below'} that of {than}"
+    if gain is not None and gain["low"] > 0:
+        return f"more leaked than the label: {figures} {_limits(gain)}"
+    if updates < FEW_UPDATES or gain is None:
+        return f"{figures}, with too few updates ({updates}) for a reliable interval"
+    if gain["high"] < 0 and not recovered:
+        return f"this attack revealed no more than the label: {figures} {_limits(gain)}"
+    if gain["mean"] <= 0 and not recovered:
+        return f"this attack was not shown to reveal more than the label: {figures} {_limits(gain)}"
+    return f"undecided whether more leaked than the label: {figures} {_limits(gain)}"
+
+
+def _comparison_in_words(summary: Summary) -> str:
+    """How PSNR compares with that of another attack on the same updates; empty without one."""
+    gain = summary.get("over_companion")
+    if gain is None:
+        return ""
+    difference = f"{abs(gain['mean']):.2f} dB {'better' if gain['mean'] >= 0 else 'worse'} than"
+    decided = "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
+    return f"; {difference} {summary.get('companion', 'another attack')} on the same updates {_limits(gain)}{decided}"
+
+
+def _limits(gain: Gain) -> str:
+    return f"(95% interval {gain['low']:+.2f} to {gain['high']:+.2f})"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

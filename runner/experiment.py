@@ -1,0 +1,239 @@
+"""One run made ready: everything loaded and checked, nothing written."""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import math
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import data
+import models
+from attacks.base import Attack
+from core.errors import UsageError
+from core.paths import ROOT
+from core.protocol import Batch, Observation, Recipe
+from core.rng import stream
+from defenses.base import canonical
+from federated.server import accuracy, pretrain
+from federated.simulation import Session, Source, Trial
+from models.winograd import has_bfloat16
+from runner.cli import Command
+from runner.executors import Job, require_ray
+from runner.flags import NOT_IN_KEY
+from runner.store import source_digest
+from runner.workers import cores
+from utils.files import digest
+
+SOURCE_DIRS = ("core", "attacks", "data", "defenses", "evaluation", "federated", "models", "report", "runner", "utils")
+MAX_PUBLIC_EXAMPLES = 5000  # public examples that a server uses, fewer if they are large
+MAX_PUBLIC_NUMBERS = 2**26  # numbers in all of them: 256 MB
+MAX_TEST_EXAMPLES = 2000  # held-out examples on which accuracy is measured
+LARGE_MODEL = 1_000_000  # parameters from which on a second thread is worth more than it costs
+
+MakeSource = Callable[[Any, data.Dataset], Source]  # flags, data set -> where trials come from
+
+
+class Experiment:
+    """An attack, its flags and everything they name. Raises UsageError for what cannot run."""
+
+    def __init__(self, mode: str, command: Command, make_source: MakeSource) -> None:
+        flags = command.flags
+        self.mode, self.command, self.flags = mode, command, flags
+        self.attack: Attack = command.attack
+        self.seed: int = flags.seed
+        if flags.backend == "ray":
+            require_ray()
+        self.defense = canonical(flags.defense)
+        self.device = choose_device(flags.device)
+        public = "same" if flags.public == "none" else flags.public
+        self.dataset = _load_data(
+            flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public
+        )
+        self.task = self.dataset.task
+        self.model = self._build_model().to(self.device)
+        self.source = make_source(flags, self.dataset)
+        self.attack.check(self.model, self.task, self.source.recipe, self.source.kind, self.source.num_examples)
+        if flags.public == "none" and "public" in self.attack.requirements():
+            raise UsageError(f"{command.attack_name} needs public images, and `public=none` withholds them")
+
+    def _build_model(self) -> nn.Module:
+        flags = self.flags
+        model = models.build(
+            flags.model,
+            self.task.domain.shape,  # type: ignore[arg-type]
+            self.task.num_classes,
+            activation=flags.activation,
+            norm=flags.norm,
+            dropout=flags.dropout,
+            width=flags.width,
+            rng=stream(self.seed, "model"),
+        )
+        if flags.weights is not None:
+            models.load_weights(model, flags.weights)
+        return model
+
+    @functools.cached_property
+    def public(self) -> Batch:
+        return public_batch(self.dataset)
+
+    @functools.cached_property
+    def public_on_device(self) -> Batch:
+        return self.public.to(self.device)
+
+    @functools.cached_property
+    def test(self) -> Batch:
+        return _evenly_spaced(self.dataset.test, MAX_TEST_EXAMPLES).to(self.device)
+
+    def negative_controls(self, count: int, trial: int) -> torch.Tensor:
+        """Held-out examples (count, *shape) that no client has; public ones if a data set holds none out."""
+        split = self.dataset.test if len(self.dataset.test) else self.dataset.public
+        chosen = torch.randint(len(split), (count,), generator=stream(self.seed, "control", trial))
+        return split.take(chosen).examples
+
+    def pretrain(self, on_step: Callable[[int, int, float], None]) -> None:
+        """Train on public data first, if the flags ask for it."""
+        if self.flags.pretrain_epochs:
+            rng = stream(self.seed, "pre")
+            pretrain(self.model, self.public_on_device, self.task, self.flags.pretrain_epochs, rng, on_step)
+
+    def session(self) -> Session:
+        """The federation's side of the run, whose server prepares each broadcast as the attack does."""
+
+        def on_broadcast(model: nn.Module, recipe: Recipe) -> nn.Module:
+            return self.attack.implant(model, self.task, self.public_on_device, recipe)
+
+        return Session(self.model, self.task, self.device, self.seed, on_broadcast)
+
+    def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
+        """The trials of the source that have not finished, as jobs; truth stays in their payload."""
+        for trial in self.source.trials(session):
+            if trial.index not in finished:
+                yield Job(trial.index, self.observe(trial), trial)
+
+    def observe(self, trial: Trial) -> Observation:
+        """What the server sees of one update. The truth is read only for what `--grant` hands over."""
+        granted = {}
+        if self.flags.grant == "labels":
+            assert trial.truth is not None, "labels cannot be granted without truth"
+            granted["labels"] = trial.truth.labels
+        model = copy.deepcopy(trial.model)
+        public = None if self.flags.public == "none" else self.public_on_device
+        return Observation(self.task, trial.recipe, model, trial.update, public, granted)
+
+    def accuracy(self, model: nn.Module) -> float:
+        return accuracy(model, self.test, self.task)
+
+    @property
+    def worker_count(self) -> int:
+        """Worker processes, or 1 for none."""
+        if self.attack.is_analytic:
+            return 1
+        count = self.flags.jobs or (1 if self.device.type == "cuda" else max(1, cores() // self.threads))
+        return min(count, self.flags.trials)
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a trial."""
+        single = self.flags.trials == 1 and sum(p.numel() for p in self.model.parameters()) > LARGE_MODEL
+        return self.flags.threads or (cores() if single else 1)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the results go. Computed once: code that is edited while it runs must not move it."""
+        return self.flags.out / self.mode / self.command.attack_name / digest(self.key())
+
+    def key(self) -> dict[str, Any]:
+        """Everything that can change a number."""
+        flags = {k: v for k, v in dataclasses.asdict(self.flags).items() if k not in NOT_IN_KEY}
+        flags |= {"threads": self.threads, "defense": self.defense}
+        hyperparameters = dataclasses.asdict(self.attack)  # type: ignore[call-overload]
+        return {
+            "mode": self.mode,
+            "attack": self.command.attack_name,
+            "hyperparameters": {k: _content(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()},
+            "flags": flags,
+            "weights": None if self.flags.weights is None else _file_digest(self.flags.weights),
+            "data": self.dataset.fingerprint,
+            "code": source_digest(ROOT, SOURCE_DIRS),
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "bfloat16": has_bfloat16(self.device),  # what --precision auto means here
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The key and, for the reader, the other flags, and where and how the run was computed."""
+        return self.key() | {
+            "other_flags": {k: v for k, v in dataclasses.asdict(self.flags).items() if k in NOT_IN_KEY},
+            "paper": self.attack.citation,
+            "threat": self.attack.threat,
+            "requires": sorted(self.attack.requirements()),
+            "oracle": self.oracle,
+            "recipe": dataclasses.asdict(self.source.recipe),
+            "dataset_notes": list(self.dataset.notes),
+            "commit": commit(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    @property
+    def oracle(self) -> list[str]:
+        """The facts that are granted to the attack."""
+        return [] if self.flags.grant == "none" else [self.flags.grant]
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N -> a device that exists. Raises UsageError for any other."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if cards else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and (kind == "cpu" or not index.isdecimal() or not index.isascii())):
+        raise UsageError(f"`device` takes auto, cpu, cuda or cuda:N, not {name!r}")
+    if kind == "cuda" and int(index or 0) >= cards:
+        raise UsageError(f"`device={name}`: this machine has {cards} CUDA device(s); auto uses what there is")
+    return torch.device(name)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_data(
+    name: str, base: Path, image_size: int | None, normalize: str, victims: str, public: str
+) -> data.Dataset:
+    chosen: dict[str, Any] = {"normalize": normalize, "victims": victims, "public": public}
+    return data.load(name, base_datadir=base, image_size=image_size, **chosen)
+
+
+def public_batch(dataset: data.Dataset) -> Batch:
+    """The public examples that a server uses in every trial."""
+    size = math.prod(dataset.task.domain.shape)
+    return _evenly_spaced(dataset.public, min(MAX_PUBLIC_EXAMPLES, MAX_PUBLIC_NUMBERS // size))
+
+
+def _evenly_spaced(split: data.Split, at_most: int) -> Batch:
+    """The whole split or, of a larger one, `at_most` examples evenly spaced over it."""
+    count = min(len(split), at_most)
+    return split.take(torch.linspace(0, len(split) - 1, count).round().long())
+
+
+def _content(path: Path) -> str:
+    """What a path stands for: a digest of the file, or of the generator in the folder."""
+    return _file_digest(path / "generator.safetensors" if path.is_dir() else path)
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with + if it has changes; None outside of one."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    try:
+        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return head + ("+" if git(["git", "status", "--porcelain", "-uno"]).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,220 @@
+"""A command from its flags to its exit code: attack, score, store, report."""
+
+import contextlib
+import functools
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attacks.base import ATTACKS
+from core.errors import UsageError
+from evaluation.baselines import Baselines
+from evaluation.bounds import recoverable_mask, search_space_bound
+from evaluation.evaluator import ScoringContext, score_trial
+from evaluation.metrics import Lpips
+from evaluation.summary import summarize
+from federated.simulation import Session, Trial
+from report import figures, tables
+from report.compare import write_comparison
+from runner import cli
+from runner.executors import Job, Listener, Result, Results, TrialRunner, run_in_process, run_in_workers, run_on_ray
+from runner.experiment import Experiment, MakeSource, commit
+from runner.progress import Bar
+from runner.store import Store
+from utils.files import digest
+
+
+def main(mode: str, flags_cls: type, make_source: MakeSource) -> None:
+    """Run a command; exit code 0, 2 for a mistake of the user (one line), 130 for Ctrl-C."""
+    gc.freeze()  # what is imported stays: collecting it again at the end takes half a second
+    program = Path(sys.argv[0]).name
+    with cli.user_errors():
+        commands = cli.parse(sys.argv[1:], flags_cls, ATTACKS, f"python {program}")
+        experiments = [Experiment(mode, command, make_source) for command in commands]  # all, before the first starts
+        folders = [experiment.folder for experiment in experiments]
+        summaries = []
+        while experiments:  # each is released with its data once it has run
+            summaries.append(execute(experiments.pop(0)))
+        if len(folders) > 1:
+            folder = folders[0].parent / f"sweep-{digest({'points': [f.name for f in folders]})}"
+            print("\n" + write_comparison(folder, [dict(c.swept) for c in commands], summaries))
+            print(f"{_shown(folder / 'table.md')}, table.csv, plot.png")
+
+
+def execute(experiment: Experiment) -> dict[str, Any]:
+    """Run one experiment to `done`, continuing a killed run; the summary of a finished one is only printed."""
+    torch.set_num_threads(experiment.threads)
+    store = Store(experiment.folder)
+    if store.done and not experiment.flags.force:
+        summary = store.summary()
+        print(f"already done ({_shown(store.folder)}; --force runs it again)")
+        print(tables.one_run(summary))
+        return summary
+    if "public" in experiment.attack.requirements():
+        metadata = {"dataset": experiment.flags.dataset, "commit": commit()}
+        experiment.attack.prepare(experiment.task, experiment.public_on_device, metadata)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(store.writing(experiment.config(), experiment.flags.force))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"cannot write results to {experiment.flags.out}: {reason}; see `out`") from None
+        summary = _Run(experiment, store).run()
+    print(tables.one_run(summary))
+    for note in _lpips_notes():
+        print(f"note: {note}")
+    print(_shown(store.folder / "grid.png"))
+    return summary
+
+
+class _Run:
+    """The trials of an experiment that has not finished."""
+
+    def __init__(self, experiment: Experiment, store: Store) -> None:
+        self.experiment, self.store = experiment, store
+        self.context = ScoringContext(experiment.task, Baselines(experiment.public), {"lpips": _lpips()})
+        self.rounds: list[dict[str, Any]] = []
+        self.trials_done = 0
+        self.psnrs = [row["psnr"] for row in store.rows()]
+        store.restart_log("rounds.jsonl")
+
+    def run(self) -> dict[str, Any]:
+        """Attack and score every trial, write the results, and return the summary."""
+        experiment = self.experiment
+        self._pretrain()
+        finished = {record["trial"] for record in self.store.trials()}
+        session, rounds = experiment.session(), experiment.source.rounds
+        with Bar(experiment.flags.trials + rounds, len(finished)) as bar:
+            self.trials_done = len(finished)
+            session.on_client = functools.partial(self._on_client, bar)
+            session.on_round = functools.partial(self._on_round, bar, session)
+            jobs = experiment.jobs_of(session, finished)
+            for job, result in self._results(jobs, functools.partial(self._on_progress, bar)):
+                self._add(job, result)
+                self.trials_done += 1
+                bar.finish(job.index, self._description, self._mean_psnr)
+        return self._finish()
+
+    def _pretrain(self) -> None:
+        experiment = self.experiment
+        if not experiment.flags.pretrain_epochs:
+            return
+        with Bar(1) as bar:
+
+            def on_step(step: int, total: int, loss: float) -> None:
+                bar.update(
+                    "training", step / total, f"training on public data: step {step}/{total}", f"loss {loss:.3f}"
+                )
+
+            experiment.pretrain(on_step)
+
+    @property
+    def _description(self) -> str:
+        experiment = self.experiment
+        name = f"{experiment.mode}/{experiment.command.attack_name}"
+        return f"{name}: {self.trials_done}/{experiment.flags.trials} trials"
+
+    @property
+    def _mean_psnr(self) -> str:
+        return f"PSNR {sum(self.psnrs) / len(self.psnrs):.1f} dB" if self.psnrs else ""
+
+    def _on_client(self, bar: Bar, number: int, trained: int, clients: int) -> None:
+        """Client `trained` of a round starts its training."""
+        where = f"round {number + 1}/{self.experiment.source.rounds}, client {trained + 1}/{clients}"
+        bar.update(("round", number), trained / clients, f"{self._description}, {where}", self._mean_psnr)
+
+    def _on_round(self, bar: Bar, session: Session, record: dict[str, Any]) -> None:
+        """A round has ended."""
+        number, rounds = record["round"], self.experiment.source.rounds
+        record = {**record, "accuracy": self.experiment.accuracy(session.model)}
+        self.rounds.append(record)
+        self.store.log("rounds.jsonl", record)
+        where = f"round {number + 1}/{rounds}, accuracy {record['accuracy']:.2f}"
+        bar.finish(("round", number), f"{self._description}, {where}", self._mean_psnr)
+
+    def _on_progress(self, bar: Bar, trial: int, iteration: int, total: int, objective: float) -> None:
+        """An iteration of a trial's attack has ended."""
+        text = f"trial {trial}: {iteration}/{total}, objective {objective:.1e}"
+        mean = self._mean_psnr
+        bar.update(trial, iteration / max(total, 1), self._description, f"{mean}, {text}" if mean else text)
+
+    def _results(self, jobs: Any, listen: Listener) -> Results:
+        """Jobs in, results out as they end, in any order."""
+        experiment = self.experiment
+        public = None if experiment.flags.public == "none" else experiment.public
+        runner = TrialRunner(experiment.attack, public, experiment.seed, self.store, experiment.threads)
+        count = experiment.worker_count
+        if experiment.flags.backend == "ray" and not experiment.attack.is_analytic:
+            return run_on_ray(runner, jobs, count)
+        return run_in_workers(runner, jobs, listen, count) if count > 1 else run_in_process(runner, jobs, listen)
+
+    def _add(self, job: Job, result: Result) -> None:
+        """Score a finished trial and store it."""
+        experiment, trial = self.experiment, job.payload
+        assert isinstance(trial, Trial) and trial.truth is not None, "a trial without truth cannot be scored"
+        truth, task = trial.truth, experiment.task
+        recoverable = recoverable_mask(experiment.attack, job.observation.model, task, truth.examples)
+        unrelated = experiment.negative_controls(len(truth.labels), job.index) if recoverable is not None else None
+        score = score_trial(
+            truth,
+            result.reconstruction,
+            self.context,
+            comparison=result.comparison,
+            projection=search_space_bound(experiment.attack, task, experiment.public_on_device, truth),
+            recoverable=recoverable,
+            unrelated=unrelated,
+        )
+        common = {"seconds": result.seconds, **trial.origin}
+        rows = [{"trial": job.index, **row, **common, "oracle": experiment.oracle} for row in score.rows]
+        for row, name in zip(rows, trial.names or (), strict=False):
+            row["file"] = name
+        record = {"trial": job.index, **score.record, **common}
+        self.store.add_trial(rows, record, truth.examples.cpu(), score.rebuilt)
+        self.psnrs += [row["psnr"] for row in rows]
+
+    def _finish(self) -> dict[str, Any]:
+        experiment, store = self.experiment, self.store
+        rows, trials = store.rows(), store.trials()
+        assert len(trials) == experiment.flags.trials, f"{len(trials)} trials of {experiment.flags.trials}"
+        summary = {
+            "mode": experiment.mode,
+            "attack": experiment.command.attack_name,
+            "dataset": experiment.flags.dataset,
+            "model": experiment.flags.model,
+            **summarize(rows, trials),
+            "oracle": experiment.oracle,
+            "notes": list(experiment.dataset.notes),
+        }
+        comparison = experiment.attack.comparison_attack(experiment.source.kind)
+        if comparison is not None:
+            summary["companion"] = comparison.name
+        if self.rounds:
+            losses = [record["loss"] for record in self.rounds]
+            summary["accuracy"] = self.rounds[-1]["accuracy"]
+            summary["training_loss"] = None if None in losses else sum(losses) / len(losses)
+            figures.learning_curve(store.folder / "accuracy.png", self.rounds)
+        names = [row["file"] for row in rows] if all("file" in row for row in rows) else None
+        figures.grid(store.folder / "grid.png", *store.images(), rows, experiment.task.domain, names)
+        store.finish(summary)
+        return summary
+
+
+@functools.cache
+def _lpips() -> Lpips:
+    """One network for all runs of a sweep."""
+    return Lpips(_lpips_notes().append)
+
+
+@functools.cache
+def _lpips_notes() -> list[str]:
+    """Why LPIPS is missing, if it is: printed below the table."""
+    return []
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory, if below it."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

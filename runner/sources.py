@@ -1,0 +1,40 @@
+"""The source of trials of each mode, from its flags."""
+
+from core.errors import UsageError
+from core.protocol import Recipe
+from data import Dataset
+from federated.simulation import FedAvgSource, GradientSource
+from runner.flags import Fed, Grad
+
+DEALT = (
+    *("trials", "seed", "clients", "client_images", "clients_per_round", "rounds"),
+    *("lr_decay", "partition", "beta", "classes_per_client"),
+)  # flags that are arguments of FedAvgSource.deal
+
+
+def gradient_source(flags: Grad, dataset: Dataset) -> GradientSource:
+    """One gradient of a private batch for each trial."""
+    n, available = flags.batch_size, len(dataset.private)
+    if n * flags.trials > available:
+        raise UsageError(
+            f"{flags.trials} trials with `batch_size={n}` need {n * flags.trials} private images, and {flags.dataset} "
+            f"has {available}: lower `batch_size` or `trials`"
+        )
+    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, defense=flags.defense)
+    return GradientSource(dataset.private, recipe, flags.trials)
+
+
+def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
+    """Weight updates of simulated clients in rounds of FedAvg."""
+    recipe = Recipe(
+        batch_size=flags.batch_size or 0,
+        local_epochs=flags.local_epochs,
+        lr=flags.local_lr,
+        momentum=flags.momentum,
+        weight_decay=flags.weight_decay,
+        optimizer=flags.client_optimizer,
+        lr_schedule=flags.lr_schedule,
+        model_mode=flags.model_mode,
+        defense=flags.defense,
+    )
+    return FedAvgSource.deal(dataset, recipe, **{name: getattr(flags, name) for name in DEALT})

@@ -1,0 +1,66 @@
+"""Worker processes: a fork server that has imported the project, and forks workers quickly.
+
+A script calls `preload_workers` before it imports torch, so that server and script import at the same time. The server
+itself computes nothing: a process whose OpenMP threads have worked cannot fork. Windows has no fork and spawns workers.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+
+from core.paths import ROOT
+
+# command lines that need no workers
+NO_WORKERS = re.compile(r"(^|\s)(-h|--help|--(jobs|trials)[ =]1|--backend[ =]ray)(\s|$)")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def preload_workers() -> None:
+    """Start the fork server if the command line may need workers."""
+    if len(sys.argv) > 1 and not NO_WORKERS.search(" ".join(sys.argv[1:])) and cores() > 1:
+        context()
+
+
+def context() -> BaseContext:
+    """The context that makes workers and their queues; starts the fork server if there is none."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    forkserver.set_forkserver_preload(["runner.run"])
+    with _in_project_root(), _ignore_sigint():
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+@contextlib.contextmanager
+def _in_project_root() -> Iterator[None]:
+    """The server imports from its working directory: it must find this project wherever the user stands."""
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def _ignore_sigint() -> Iterator[None]:
+    """Ignore SIGINT while the fork server starts: its children inherit that, and the main process ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
