@@ -24,6 +24,7 @@ from defenses.base import canonical
 from federated.server import accuracy, pretrain
 from federated.simulation import Session, Source, Trial
 from models.winograd import has_bfloat16
+from runner.beliefs import parse as parse_beliefs
 from runner.cli import Command
 from runner.executors import Job, require_ray
 from runner.flags import NOT_IN_KEY
@@ -51,6 +52,7 @@ class Experiment:
         if flags.backend == "ray":
             require_ray()
         self.defense = canonical(flags.defense)
+        self.beliefs = parse_beliefs(flags.believe)
         self.device = choose_device(flags.device)
         public = "same" if flags.public == "none" else flags.public
         self.dataset = _load_data(
@@ -59,7 +61,11 @@ class Experiment:
         self.task = self.dataset.task
         self.model = self._build_model().to(self.device)
         self.source = make_source(flags, self.dataset)
-        self.attack.check(self.model, self.task, self.source.recipe, self.source.kind, self.source.num_examples)
+        recipe = self.beliefs.about(self.source.recipe)
+        count = self.beliefs.num_examples or self.source.num_examples
+        if self.beliefs.num_examples and flags.grant == "labels":
+            raise UsageError("`grant=labels` tells the attacker how many images there are: leave out `believe`")
+        self.attack.check(self.model, self.task, recipe, self.source.kind, count)
         if flags.public == "none" and "public" in self.attack.requirements():
             raise UsageError(f"{command.attack_name} needs public images, and `public=none` withholds them")
 
@@ -125,7 +131,8 @@ class Experiment:
             granted["labels"] = trial.truth.labels
         model = copy.deepcopy(trial.model)
         public = None if self.flags.public == "none" else self.public_on_device
-        return Observation(self.task, trial.recipe, model, trial.update, public, granted)
+        recipe, update = self.beliefs.about(trial.recipe), self.beliefs.of(trial.update)
+        return Observation(self.task, recipe, model, update, public, granted)
 
     def accuracy(self, model: nn.Module) -> float:
         return accuracy(model, self.test, self.task)

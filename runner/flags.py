@@ -17,7 +17,11 @@ class Common:
         "all", "private images that may be attacked: one of two disjoint parts (tuning, reporting), or all"
     )
     public: Literal["same", "other", "noise", "none"] = hp(
-        "same", "attacker's public images: of the victims' classes (same), of other classes, noise, or none"
+        "same", "public images of the attacker: same (the victims' classes), other (classes), noise, or none"
+    )
+    believe: tuple[str, ...] = hp(
+        (),
+        "wrong beliefs of the attacker about the training: FLAG=VALUE, such as local-lr=0.02 batch-size=4 defense=none",
     )
     image_size: int | None = hp(None, "side of the images in pixels; default: the data set's own")
     normalize: Literal["none", "dataset", "half"] = hp(
