@@ -21,8 +21,10 @@ class Analytic(Attack):
     link = "https://eprint.iacr.org/2017/715"
     threat = "honest-but-curious"
     requires = frozenset({"pixel_layer", "pixel_layer_bias"})
-    is_analytic = True  # type: ignore[assignment]
     example_model = "fc2"
+
+    def needs_workers(self) -> bool:
+        return False
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         return invert_rows(observation, require_pixel_layer(observation.model, observation.task, self.name))

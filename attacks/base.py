@@ -41,10 +41,9 @@ class Attack(ABC):
     returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
     example_model: ClassVar[str] = "lenet"  # a model of the zoo it applies to
 
-    @property
-    def is_analytic(self) -> bool:
-        """Whether a reconstruction takes well under a second, so that worker processes do not pay."""
-        return False
+    def needs_workers(self) -> bool:
+        """Whether a reconstruction takes long enough that worker processes pay off."""
+        return True
 
     def requirements(self) -> frozenset[str]:
         """What this instance requires: `requires`, unless hyperparameters change it."""

@@ -1,8 +1,8 @@
-"""What an attacker scores who never looks at the update.
+"""Baseline: the score of an attacker who ignores the update.
 
 Every example of the batch is guessed to be the mean public example. With labels granted it is the mean of the class,
-which is what a leaked label alone is worth. In federated mode the same command is plain FedAvg training, with the
-accuracy of each round in rounds.jsonl.
+the best guess from the label alone. In federated mode the same command is plain FedAvg training, with the accuracy of
+each round in rounds.jsonl.
 """
 
 import torch
@@ -18,8 +18,10 @@ class Baseline(Attack):
     citation = "no attack: the mean public image"
     threat = "honest-but-curious"
     requires = frozenset({"public"})
-    is_analytic = True  # type: ignore[assignment]
     supports_adam = True
+
+    def needs_workers(self) -> bool:
+        return False
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         assert observation.public is not None, "the baseline is a mean of public examples"

@@ -28,6 +28,9 @@ from core.hyperparameters import hp
 from core.protocol import Observation, Recipe, Reconstruction, Task
 from models.inspection import has_relu, hidden_layer, pixel_layer
 
+# of the help of flags that the search by the zeros of ReLU, which runs first, does not read
+FALLBACK = " (where the zeros of ReLU do not determine the images)"
+
 
 @register("cpa")
 class CocktailParty(features.FeatureInversionAttack):
@@ -55,26 +58,46 @@ class CocktailParty(features.FeatureInversionAttack):
         "differences",
         "unmixing method: FastICA on differences of pixels (embeddings: whitened), FastICA on pixels, Adam, or random",
     )
-    restarts: int = hp(3, "FastICA runs from random rotations, of which the least Gaussian counts", ge=1, smoke=1)
-    iterations: int = hp(400, "largest number of iterations of FastICA or Adam", ge=1, smoke=3)
+    restarts: int = hp(
+        3,
+        f"number of FastICA runs from random rotations, whose least Gaussian result is the answer{FALLBACK}",
+        ge=1,
+        smoke=1,
+    )
+    iterations: int = hp(400, f"largest number of iterations of FastICA or Adam{FALLBACK}", ge=1, smoke=3)
     lr: float = hp(1e-2, "Adam learning rate of the unmixing", gt=0)
     schedule: Literal["cosine", "constant"] = hp("cosine", "learning-rate schedule of the unmixing by Adam")
     tv: float = hp(3.1, "total-variation weight of the unmixing by Adam", ge=0, source="authors' README, FC2")
     independence_weight: float = hp(
-        1.47, "weight of mutual independence of the sources, by Adam", ge=0, source="authors' README, FC2"
+        1.47,
+        "weight of mutual independence of the sources, in the unmixing by Adam",
+        ge=0,
+        source="authors' README, FC2",
     )
     sharpness: float = hp(
-        12.4, "sharpness T of the measure of mutual independence, by Adam", gt=0, source="authors' README, FC2"
+        12.4,
+        "sharpness T of the measure of mutual independence, in the unmixing by Adam",
+        gt=0,
+        source="authors' README, FC2",
     )
     nonnegativity_weight: float = hp(
         0.13,
-        "weight of the smaller of an embedding's positive and negative parts, by Adam",
+        "weight of the norm of an embedding's negative part (up to sign), in the unmixing by Adam",
         ge=0,
         source="authors' README",
     )
-    l1_weight: float = hp(5.0, "weight of the l1 norm of embeddings, by Adam", ge=0, source="authors' README, VGG16")
-    refine: int = hp(8, "rounds of refinement by consistency, after the search for zeros of d; 0: neither", ge=0)
-    rank_tolerance: float = hp(1e-11, "share of the largest eigenvalue below which eigenvalues hold no image", gt=0)
+    l1_weight: float = hp(
+        5.0, "weight of the l1 norm of embeddings, in the unmixing by Adam", ge=0, source="authors' README, VGG16"
+    )
+    refine: int = hp(
+        8,
+        "largest number of refinement rounds (output gradients from the model and images by least squares, in turn); "
+        "0: no refinement and no search by the zeros of ReLU",
+        ge=0,
+    )
+    rank_tolerance: float = hp(
+        1e-11, f"share of the largest eigenvalue below which eigenvalues hold no image{FALLBACK}", gt=0
+    )
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)

@@ -18,6 +18,7 @@ from torch import Tensor
 from attacks.base import register
 from attacks.labels.inference import infer_labels
 from attacks.matching.matcher import GradientMatcher
+from attacks.matching.runs import best_of, to_reconstruction
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
 from core.hyperparameters import hp
 from core.protocol import Observation, Reconstruction
@@ -50,8 +51,8 @@ class DLF(SignedInversion):
         kernel = torch.randn(self.features, shape[0], 3, 3, generator=rng).to(matcher.target[0])
         kernel /= kernel[0].numel() ** 0.5
         objective = EpochObjective(matcher, kernel, epochs, self.order_prior, self.layer_decay)
-        best, iterations = self.descend(objective, labels, rng, copies=epochs)
-        return self.to_reconstruction(best, iterations, consensus(best.examples.view(epochs, n, *shape)))
+        runs = self.descend(objective, labels, rng, copies=epochs)
+        return to_reconstruction(runs, consensus(best_of(runs).examples.view(epochs, n, *shape)))
 
 
 class EpochObjective(MatchingObjective):

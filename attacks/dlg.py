@@ -29,7 +29,8 @@ class DLG(LbfgsInversion):
     paper = {"label_init": ("normal", "authors' main.py")}
 
     label_init: Literal["inferred", "normal"] = hp(
-        "inferred", "start of the label logits: the labels that the bias gradient suggests, or N(0, 1)"
+        "inferred",
+        "start of the label logits: the labels that the bias gradient suggests (in every other run), or N(0, 1)",
     )
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:

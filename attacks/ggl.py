@@ -2,8 +2,8 @@
 
     z* = argmin_z  D( T(dL(F(G(z, y)), y)/dW), g* ) + r R(z),      x* = G(z*, y)
 
-The label y is inferred from the update, and the image is searched among those a generator can make, which works where
-noise hides the pixels. T is the deterministic part of a known defence, which the guess undergoes as well.
+The label y is inferred from the update. The image is searched among those that a generator can make, which works where
+noise hides the pixels. T is the deterministic part of a known defence, applied to the simulated gradient as well.
 """
 
 import torch
@@ -18,7 +18,7 @@ class GGL(LatentInversion):
     """Generative Gradient Leakage: the latent of a class-conditional generator whose image explains the update.
 
     --paper selects the authors' search. Their generators, GANs trained on faces and on ImageNet, are not included;
-    --generator wgan is of their kind.
+    --generator wgan is a GAN trained on the public images.
     """
 
     citation = "Li, Zhang, Liu, Liu: Auditing Privacy Defenses via Generative Gradient Leakage. CVPR 2022"

@@ -2,8 +2,8 @@
 
     z* = argmin_z D( g(G_w(z, y)), g* ) + r R(z),     w* = argmin_w D( g(G_w(z*, y)), g* ),     x* = G_w*(z*, y)
 
-First the latent, then the generator's own weights, which reaches images that no latent has. Only the start and the
-architecture restrain these, so under noise the images follow the noise.
+First the latent, then the generator's own weights. Moved weights make images outside the generator's range. Only the
+initial weights and the architecture restrict them, so noise on the update appears in the images.
 """
 
 import copy

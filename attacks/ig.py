@@ -15,6 +15,7 @@ from torch import nn
 from attacks.base import register
 from attacks.labels.inference import infer_labels
 from attacks.matching.matcher import GradientMatcher, note_adam
+from attacks.matching.runs import to_reconstruction
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
 from core.protocol import Observation, Recipe, Reconstruction, Task
 
@@ -32,7 +33,7 @@ class CosineInversion(SignedInversion):
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         matcher = self.matcher(observation)
         labels = infer_labels(matcher.mean_gradient, observation, rng)
-        return self.to_reconstruction(*self.descend(MatchingObjective(matcher), labels, rng))
+        return to_reconstruction(self.descend(MatchingObjective(matcher), labels, rng))
 
 
 @register("ig_single")

@@ -42,26 +42,34 @@ class RobbingTheFed(FeatureInversionAttack):
     }
     returns_labels = False
 
-    bins: int = hp(256, "number K of rows of the block", ge=2)
+    bins: int = hp(256, "number K of bins, which is the number of rows of the block", ge=2)
     connection: Connection = hp("addition", "connection of the block with the model, see models/implants/imprint.py")
     quantiles: Quantiles = hp(
         "smooth",
-        "source of the thresholds: public brightness, smooth, empirical or fitted (normal, laplace), or official",
+        "distribution whose quantiles are the thresholds: of public brightness, by kernel density (smooth), as it is "
+        "(empirical) or fitted (normal, laplace); or the authors' Laplace(0, 0.71) (official)",
     )
-    threshold_drift: float = hp(1e-5, "drift of thresholds per local step, in brightness; 0: the published scale", ge=0)
-    brightness_shift: float = hp(1e-3, "mean brightness that the block adds to an image", gt=0)
+    threshold_drift: float = hp(
+        1e-5, "largest drift of thresholds per local step, in brightness; 0: the published scale", ge=0
+    )
+    brightness_shift: float = hp(
+        1e-3, "mean brightness that the block adds to an image; without effect at the published scale", gt=0
+    )
     decoder: Literal["auto", "rows", "bias"] = hp(
-        "auto", "scale of a row: rows (brightness of its bin), bias (division), or auto (bias where it is exact)"
+        "auto", "scale of a row: rows (middle of its bin), bias (division), or auto (bias where it is exact)"
     )
     sparse: bool = hp(False, "rows that respond between two thresholds only (a variant in the paper)")
-    one_shot: bool = hp(False, "two rows around the middle bin of K: one image out of K (a variant in the paper)")
+    one_shot: bool = hp(
+        False,
+        "two rows only, at the limits of the middle one of K bins, in which one image in K is expected (a variant "
+        "in the paper)",
+    )
     position: Literal["input", "features"] = hp(
         "input", "place of the block: in front of the model, or of its first fully connected layer"
     )
 
-    @property
-    def is_analytic(self) -> bool:
-        return self.position == "input"
+    def needs_workers(self) -> bool:
+        return self.position != "input"
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
@@ -126,7 +134,8 @@ class RobbingTheFed(FeatureInversionAttack):
         hit = (size > noise) & plausible(images, white=1.0 if feature_block is None else math.inf)
         order = hit.nonzero().flatten()
         order = order[size[order].argsort(descending=True)]
-        # in one gradient an image is in one row only, and two similar ones are two; after several steps it is in more
+        # one gradient: each image is in one row, so similar rows are different images; after several steps an image is
+        # in several rows
         order = order[distinct(images[order])] if is_delta else order
         found = images[order].clamp(min=0).float()
         if not len(order):

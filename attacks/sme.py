@@ -2,9 +2,9 @@
 
     x* = argmin_{x, a}  1 - cos( dL(F(x; w^), y)/dw^,  W_t - W_t+1 ) + b TV(x),      w^ = a W_t + (1 - a) W_t+1
 
-The local steps lead from W_t to W_t+1, and at some model between the two the gradient of all examples points along the
-whole way. Where it lies is learned with the examples: one gradient per iteration, whatever T is. For a gradient update
-nothing is left to learn, and the attack is Inverting Gradients.
+The local steps lead from W_t to W_t+1. The gradient of all examples at some model between the two is assumed to be
+parallel to W_t - W_t+1, and the position a of this model is optimised together with the examples: one gradient per
+iteration, whatever T is. For a gradient update there is no such position, and the attack is Inverting Gradients.
 
 The clients' path is curved, and then no model on the straight line explains the update: at the true examples the
 distance stays at 0.03 to 0.05 after twenty steps of the cnn at a rate of 0.01. By default, and unlike the paper, we
@@ -28,6 +28,7 @@ from attacks.base import register
 from attacks.labels.inference import infer_labels
 from attacks.matching.distances import TINY, cosine_distance, inner, inner_and_square
 from attacks.matching.matcher import GradientMatcher, note_adam
+from attacks.matching.runs import to_reconstruction
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
 from attacks.optim.loop import State
 from core.hyperparameters import hp
@@ -42,16 +43,26 @@ class SME(SignedInversion):
     citation = "Zhu, Yao, Blaschko: Surrogate Model Extension. ICML 2023"
     link = "https://arxiv.org/abs/2306.00127"
     paper = {
-        "iterations": (5000, "run_experiment.py"),
-        "lr": (1e-3, "run_experiment.py"),
-        "tv": (1e-4, "run_experiment.py"),
+        "iterations": (5000, "authors' run_experiment.py"),
+        "lr": (1e-3, "authors' run_experiment.py"),
+        "tv": (1e-4, "authors' run_experiment.py"),
         "correction_interval": (0, "as published"),
-        "alpha_lr": (1e-3, "run_experiment.py"),
+        "alpha_lr": (1e-3, "authors' run_experiment.py"),
     }
 
-    correction_interval: int = hp(5, "iterations between two corrections of the surrogate; 0: none", ge=0)
-    alpha: float = hp(0.5, "share of W_t in the surrogate at the start", ge=0, le=1)
-    alpha_lr: float = hp(0.0, "Adam step of that share; 0: it stays", ge=0)
+    correction_interval: int = hp(
+        5,
+        "iterations between two corrections of the surrogate gradient by a simulation of the client's local steps; "
+        "0: no correction",
+        ge=0,
+    )
+    alpha: float = hp(
+        0.5,
+        "initial weight alpha of the broadcast model W_t in the surrogate model alpha W_t + (1 - alpha) W_t+1",
+        ge=0,
+        le=1,
+    )
+    alpha_lr: float = hp(0.0, "Adam step of alpha; 0: alpha fixed", ge=0)
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
@@ -70,11 +81,11 @@ class SME(SignedInversion):
             objective = Surrogate(
                 matcher, delta, self.alpha, self.alpha_lr, corrections if self.correction_interval else range(0)
             )
-        return self.to_reconstruction(*self.descend(objective, labels, rng))
+        return to_reconstruction(self.descend(objective, labels, rng))
 
 
 class Surrogate(MatchingObjective):
-    """The cosine distance at one model between the one broadcast and the one returned, corrected now and then.
+    """The cosine distance at one model between the one broadcast and the one returned, corrected every few iterations.
 
     `corrections` are the iterations at which the surrogate is corrected at the current guess.
     """
@@ -137,7 +148,7 @@ class Surrogate(MatchingObjective):
             self.correct(*saved["corrected_at"])
 
     def _gradient(self, examples: Tensor, labels: Tensor, alpha: Tensor, *unknowns: Tensor) -> tuple[Tensor, ...]:
-        """The gradient at the surrogate model, as the defence and Adam change it."""
+        """The gradient at the surrogate model, after Adam (for its clients) and the defence."""
         meta = self.matcher.meta
         between = [w - (1 - alpha) * d for w, d in zip(meta.weights, self.delta, strict=True)]
         inputs = self.matcher.task.domain.to_model(examples)

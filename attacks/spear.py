@@ -3,11 +3,11 @@
     dL/dW = D X = L R  of rank n,   so  D = L Q  and  X = Q^-1 R :   column q_i of Q is one where L q_i is sparse
 
 D (h, n) is the gradient at the layer's outputs, half of which ReLU sets to zero. In the paper, n - 1 random rows on
-which d_i happens to be zero give q_i as their null vector. Here that is the last resort, and random rows are only a
-start from which |L q|_1 is minimised, which ends at some q_i far more often. Before that, images unmixed by ICA, as in
-the Cocktail Party Attack, say which entries of d_i should be zero: batches of 32 images instead of 12. The bias
-gradient gives the lengths of columns, D s = dL/db, or else the head does. Signs verify the result: W x_i + b < 0 where
-d_i is zero.
+which d_i happens to be zero give q_i as their null vector. Here ICA comes first: images unmixed as in the Cocktail
+Party Attack predict the zeros of d_i, which works for batches of 32 images instead of 12. Then the null vectors of
+random rows are starting points for minimising |L q|_1, which ends at some q_i far more often than a null vector is one.
+The bias gradient gives the lengths of columns, D s = dL/db, or else the head does. Signs verify the
+result: W x_i + b < 0 where d_i is zero.
 """
 
 from dataclasses import replace
@@ -51,10 +51,13 @@ class Spear(Attack):
     example_model = "fc2"
 
     search: Literal["images", "draws"] = hp(
-        "images", "start of the search: images unmixed by ICA and then draws of random rows, or draws alone"
+        "images",
+        "start of the search: images unmixed by ICA and then random sets of rows, or (draws) random sets alone",
     )
-    subsets: int = hp(8192, "largest number of draws, after which a batch counts as diverged", ge=1, smoke=64)
-    descent: int = hp(20, "steps that minimise |L q|_1 from each draw; 0: only exact draws count", ge=0)
+    subsets: int = hp(
+        8192, "largest number of random sets of rows, after which a batch counts as diverged", ge=1, smoke=64
+    )
+    descent: int = hp(20, "steps that minimise |L q|_1 from each random set of rows; 0: only its null vector", ge=0)
     scale_from: Literal["auto", "bias", "head"] = hp(
         "auto", "source of the lengths of d_i: bias gradient, head, or auto (bias gradient if the layer has one)"
     )
@@ -96,7 +99,7 @@ class Spear(Attack):
             count = min(CHUNK, self.subsets - draws)
             draws += count
             search_from_random_rows(candidates, count, self.descent, rng)
-            if self.search == "images":  # from another rotation, and without the columns that draws have found
+            if self.search == "images":  # from another rotation, and without the columns found from random rows
                 search_from_ica(candidates, view, rng, rounds=1)
             current_tracker().progress(draws, self.subsets, selection.sign_mismatch)
         if selection.best is None:

@@ -1,6 +1,6 @@
 """Trap weights. Boenisch, Dziedzic, Schuster, Shamsabadi, Shumailov, Papernot, EuroS&P 2023.
 
-https://arxiv.org/abs/2112.02918      w_k = half of its entries -|N(0, s)|, the other half +s' |the same|, s' < 1
+https://arxiv.org/abs/2112.02918      w_k = half of its entries -|N(0, s^2)|, the other half +s' |the same|, s' < 1
 
 Negative weights slightly outweigh positive ones, so that few examples activate a ReLU neuron, and one that is alone on
 a neuron is dW_k / db_k. Our own addition is a bias at the (1 - 1/K) quantile of w_k x over public examples: of K
@@ -27,11 +27,10 @@ class Trap(Attack):
     threat = "malicious-parameters"
     requires = frozenset({"public", "pixel_layer", "pixel_layer_bias", "relu"})
     paper = {"weight_init": ("trap", "section 6"), "bias": ("zero", "section 6")}
-    is_analytic = True  # type: ignore[assignment]
     example_model = "fc2"
 
     weight_init: Literal["white", "trap"] = hp(
-        "white", "weights of the first layer: white, N(0, s), or the paper's trap weights"
+        "white", "weights of the first layer, white: N(0, s^2), trap: the paper's trap weights"
     )
     bias: Literal["quantile", "zero"] = hp(
         "quantile", "bias of the first layer: at the public (1 - 1/K) quantile of its outputs, or zero"
@@ -39,8 +38,11 @@ class Trap(Attack):
     positive_scale: float = hp(
         0.95, "s', size of positive trap weights relative to negative ones", gt=0, source="section 6"
     )
-    expected_batch_size: int = hp(32, "K, number of examples behind an update that a quantile bias is made for", ge=2)
+    expected_batch_size: int = hp(32, "number K of examples of an update that the quantile bias assumes", ge=2)
     weight_scale: float = hp(1.0, "standard deviation s of the weights, times the square root of the input size", gt=0)
+
+    def needs_workers(self) -> bool:
+        return False
 
     def requirements(self) -> frozenset[str]:
         return self.requires if self.bias == "quantile" else self.requires - {"public"}

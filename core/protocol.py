@@ -100,8 +100,9 @@ class Recipe:
     def step_weights(self, steps: int) -> list[float]:
         """The weight of each of the T gradients in the update: gradient s moves lr_t momentum^(t-s) at step t.
 
-        Adam moves a weight by about its learning rate, whatever the size of the gradient, so its rates are used. A
-        delta divided by their sum is then a mean direction with entries of about one at most, not a gradient.
+        Adam moves a weight by about its learning rate, whatever the size of the gradient, so the weight of each
+        gradient is its learning rate. A delta divided by the sum of weights is then a mean direction with entries of
+        about one at most, not a gradient.
         """
         rates = self.learning_rates(steps)
         if self.optimizer == "adam":
@@ -174,12 +175,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an attack claims that the private examples were.
+    """The examples and labels that an attack returns.
 
     trace: the attack's own objective over its iterations, never a metric against the truth. status: "diverged" if no
-    run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same. sources: what
-    a method found before it resolved sign, scale and offset, one for each example, in the units of the model's input;
-    they are scored apart, as oracles.
+    run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same. sources: unmixed
+    examples before sign, scale and offset are resolved, in the units of the model's input; they are scored separately,
+    by an oracle metric.
     """
 
     examples: Tensor  # (M, *shape), valid in the domain

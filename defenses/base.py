@@ -42,10 +42,10 @@ class Variable:
 class Counter:
     """What an attacker who knows a defence does differently.
 
-    forward: what the defence does to an update without drawing at random, differentiable; the attacker applies it to
-    the update of its guess. weights: per entry of an update, how much it counts in the distance between two updates.
-    noise: the standard deviation of the noise on an entry, None if unknown. variables: unknowns of the defence, which
-    are optimised with the examples and passed to `forward` behind the tensors.
+    forward: the deterministic, differentiable part of the defence; the attacker applies it to the simulated update.
+    weights: per entry of an update, how much it counts in the distance between two updates. noise: the standard
+    deviation of the noise on an entry, None if unknown. variables: unknowns of the defence, which are optimised with
+    the examples and passed to `forward` behind the tensors.
     """
 
     forward: Callable[..., Tensors] = lambda tensors, *variables: tuple(tensors)
@@ -119,8 +119,8 @@ class Pipeline(Defense):
     def counter(self) -> Counter:
         """The steps' forward functions in order.
 
-        Noise counts only if no later step changes it: a clipped noise is another noise. Weights apply if one step
-        alone has them.
+        Noise before a step without noise is left out (0): clipped noise, for example, is not Gaussian noise of known
+        size. Weights apply if one step alone has them.
         """
         counters = [step.counter() for step in self.steps]
         noise: float | None = 0.0

@@ -1,6 +1,6 @@
 """Sources of trials: a gradient of one batch, or rounds of FedAvg with simulated clients.
 
-A source yields what a server receives. The truth rides beside it in a `Trial`, for scoring, and may be absent.
+A source yields what a server receives, as a `Trial`. A `Trial` also holds the truth, for scoring.
 """
 
 import dataclasses

@@ -97,7 +97,7 @@ class MetaModel:
         return tuple(taps_first(t) if id(p) in fast else t for p, t in pairs)
 
     def __call__(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Model inputs (N, C, H, W) -> logits (N, num_classes), at the broadcast weights unless given others."""
+        """Model inputs (N, *shape) -> logits (N, num_classes), at the broadcast weights unless given others."""
         if weights is None and not self._statistics:
             return self._module(x)
         tensors = {name: buffer.clone() for name, buffer in self._statistics.items()}
@@ -111,7 +111,7 @@ class MetaModel:
     ) -> tuple[Tensor, ...]:
         """dL/dW of the mean cross-entropy; zero for a weight that is frozen or unused.
 
-        x: (N, C, H, W) model inputs. y: (N,) int64 classes or (N, num_classes) probabilities.
+        x: (N, *shape) model inputs. y: (N,) int64 classes or (N, num_classes) probabilities.
         """
         weights = self._parameters if weights is None else weights
         grads = self._gradient(x, y, weights, create_graph)
@@ -119,22 +119,22 @@ class MetaModel:
 
     def train(
         self,
-        images: Tensor,
+        inputs: Tensor,
         labels: Tensor,
         batches: Sequence[Tensor],
         recipe: Recipe,
         create_graph: bool = True,
         checkpoint: bool | None = None,
     ) -> tuple[Tensor, ...]:
-        """W_0 - W_T after a client's steps on the T batches of indices into `images`, as `recipe` orders them."""
+        """W_0 - W_T after a client's steps on the T batches of indices into `inputs`, as `recipe` orders them."""
         rates, decay = recipe.learning_rates(len(batches)), recipe.weight_decay
         if recipe.optimizer == "adam":
-            return self.adam(images, labels, batches, rates, decay, create_graph, checkpoint)
-        return self.sgd(images, labels, batches, rates, recipe.momentum, decay, create_graph, checkpoint)
+            return self.adam(inputs, labels, batches, rates, decay, create_graph, checkpoint)
+        return self.sgd(inputs, labels, batches, rates, recipe.momentum, decay, create_graph, checkpoint)
 
     def sgd(
         self,
-        images: Tensor,
+        inputs: Tensor,
         labels: Tensor,
         batches: Sequence[Tensor],
         lr: float | Sequence[float],
@@ -143,12 +143,12 @@ class MetaModel:
         create_graph: bool = True,
         checkpoint: bool | None = None,
     ) -> tuple[Tensor, ...]:
-        """W_0 - W_T after one step of `torch.optim.SGD` on each of the T batches of indices into `images`.
+        """W_0 - W_T after one step of `torch.optim.SGD` on each of the T batches of indices into `inputs`.
 
             d_t = dL(W_t)/dW + weight_decay W_t,    v_t = momentum v_{t-1} + d_t  (v_0 = d_0),    W_{t+1} = W_t - lr v_t
 
-        images: (N, C, H, W) model inputs. labels: (N,) int64 or (N, num_classes) probabilities. `lr` may be one for
-        each step. The graph is built only if images or labels ask for a gradient. As in torch, a frozen or unused
+        inputs: (N, *shape) model inputs. labels: (N,) int64 or (N, num_classes) probabilities. `lr` may be one for
+        each step. The graph is built only if inputs or labels require a gradient. As in torch, a frozen or unused
         weight does not even decay.
 
         `checkpoint` stores only the weights of each step and recomputes the step in the backward pass: memory for one
@@ -163,11 +163,11 @@ class MetaModel:
                 d = velocity[i] = d if v is None else d + momentum * v
             return d
 
-        return self._unroll(images, labels, batches, lr, weight_decay, direction, create_graph, checkpoint)
+        return self._unroll(inputs, labels, batches, lr, weight_decay, direction, create_graph, checkpoint)
 
     def adam(
         self,
-        images: Tensor,
+        inputs: Tensor,
         labels: Tensor,
         batches: Sequence[Tensor],
         lr: float | Sequence[float],
@@ -188,11 +188,11 @@ class MetaModel:
             root = torch.where(moved, v, 1.0).sqrt() * moved
             return m / (1 - beta1 ** (step + 1)) / (root / (1 - beta2 ** (step + 1)) ** 0.5 + eps)
 
-        return self._unroll(images, labels, batches, lr, weight_decay, direction, create_graph, checkpoint)
+        return self._unroll(inputs, labels, batches, lr, weight_decay, direction, create_graph, checkpoint)
 
     def _unroll(
         self,
-        images: Tensor,
+        inputs: Tensor,
         labels: Tensor,
         batches: Sequence[Tensor],
         lr: float | Sequence[float],
@@ -202,16 +202,16 @@ class MetaModel:
         checkpoint: bool | None,
     ) -> tuple[Tensor, ...]:
         """The steps themselves: `direction(weight's index, step, its gradient with decay)` is an optimiser's part."""
-        create_graph = create_graph and (images.requires_grad or labels.requires_grad)
+        create_graph = create_graph and (inputs.requires_grad or labels.requires_grad)
         checkpoint = create_graph and (len(batches) >= CHECKPOINT_FROM if checkpoint is None else checkpoint)
         rates = [lr] * len(batches) if isinstance(lr, int | float) else lr
         weights: Sequence[Tensor] = self.weights
         moved = [torch.zeros_like(w) for w in weights]
         for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
             if checkpoint:
-                grads = _Recomputed.apply(self, images[batch], labels[batch], *weights)
+                grads = _Recomputed.apply(self, inputs[batch], labels[batch], *weights)
             else:
-                grads = self._gradient(images[batch], labels[batch], weights, create_graph)
+                grads = self._gradient(inputs[batch], labels[batch], weights, create_graph)
             stepped = list(weights)
             with torch.set_grad_enabled(create_graph):
                 for i, (w, g) in enumerate(zip(weights, grads, strict=True)):

@@ -1,15 +1,19 @@
-"""The command line: words in, runs out, and one line for every mistake."""
+"""The command line: parses words into commands, and prints one line for every mistake."""
 
 import contextlib
 import dataclasses
+import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from core.errors import UsageError
 from core.hyperparameters import help_of, paper_values
+from core.paths import ROOT
 from core.registry import Registry
 from runner.flags import Common
 from utils.flags import FlagError, Parser, add_flags, given
@@ -97,7 +101,7 @@ def run_script(flags_cls: type[F], run: Any, description: str | None = None) -> 
     """A script of experiments/: its flags are parsed and checked, and every mistake is one line."""
     with user_errors():
         parser = Parser(prog=sys.argv[0], description=description)
-        add_flags(parser, flags_cls, _help)
+        add_flags(parser, flags_cls, _help, show=_show)
         try:
             found = given(flags_cls, parser.parse(sys.argv[1:]))
         except FlagError as error:
@@ -120,7 +124,11 @@ def user_errors() -> Iterator[None]:
         print(line, file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues the run", file=sys.stderr)
+        print("\ninterrupted: the same command continues the run", file=sys.stderr, flush=True)
+        # Python waits for a worker that was interrupted while it started, which may not end: this waits no longer
+        deadline = threading.Timer(3.0, os._exit, (130,))
+        deadline.daemon = True
+        deadline.start()
         raise SystemExit(130) from None
 
 
@@ -158,10 +166,16 @@ def _help(cls: type, field: Any) -> str:
     return choices(help_of(cls, field))
 
 
+def _show(default: Any) -> str:
+    """A default as --help prints it; a path below this repository is relative to it."""
+    inside = isinstance(default, Path) and default.is_relative_to(ROOT)
+    return str(default.relative_to(ROOT) if inside else default)
+
+
 def _parser(name: str, flags_cls: type, attack_cls: type, program: str) -> Parser:
     parser = Parser(usage=f"{program} {name} [flags]", description=attack_cls.__doc__)
-    add_flags(parser.add_argument_group(f"hyperparameters of {name}"), attack_cls, _help)
-    add_flags(parser.add_argument_group("experiment"), flags_cls, _help, switches_only=True)
+    add_flags(parser.add_argument_group(f"hyperparameters of {name}"), attack_cls, _help, show=_show)
+    add_flags(parser.add_argument_group("experiment"), flags_cls, _help, switches_only=True, show=_show)
     return parser
 
 
@@ -231,7 +245,7 @@ def _without_sweep(words: list[str]) -> list[str]:
 def _overview(flags_cls: type, attacks: Mapping[str, Any], program: str) -> str:
     width = max(map(len, attacks))
     parser = Parser(prog=program, usage=f"{program} ATTACK [flags]", add_help=False)
-    add_flags(parser.add_argument_group("flags of every attack"), flags_cls, _help, switches_only=True)
+    add_flags(parser.add_argument_group("flags of every attack"), flags_cls, _help, switches_only=True, show=_show)
     lines = [
         f"Attacks in the {(flags_cls.__doc__ or '').removeprefix('Flags of the ').rstrip('.')}:",
         *(f"  {name:<{width}}  {cls.citation}" for name, cls in attacks.items()),

@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Result:
 
 
 Listener = Callable[[int, int, int, float], None]  # trial, iteration, of how many, objective
-Results = Iterator[tuple[Job, Result]]
+Results = Generator[tuple[Job, Result], None, None]
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,15 @@ def run_in_workers(runner: TrialRunner, jobs: Iterator[Job], listen: Listener, c
             yield pending.pop(future), pickle.loads(future.result())
 
     pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(shared.name, progress))
+    finished = False
     try:
         yield from _dispatch(jobs, lambda packed, index: pool.submit(_work, packed, index), pending, count, collect)
+        finished = True
     finally:
-        if pending:  # interrupted: trials under way are not waited for
+        if not finished:  # interrupted, perhaps while a worker starts: trials under way are not waited for
             for worker in multiprocessing.active_children():
                 worker.kill()
-        pool.shutdown(wait=not pending, cancel_futures=True)
+        pool.shutdown(wait=finished, cancel_futures=True)
         shared.close()
 
 

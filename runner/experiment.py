@@ -1,4 +1,4 @@
-"""One run made ready: everything loaded and checked, nothing written."""
+"""An experiment: loads and checks everything that its flags name; writes nothing."""
 
 import copy
 import dataclasses
@@ -140,7 +140,7 @@ class Experiment:
     @property
     def worker_count(self) -> int:
         """Worker processes, or 1 for none."""
-        if self.attack.is_analytic:
+        if not self.attack.needs_workers():
             return 1
         count = self.flags.jobs or (1 if self.device.type == "cuda" else max(1, cores() // self.threads))
         return min(count, self.flags.trials)

@@ -1,4 +1,4 @@
-"""Progress bars of a run: what they count, the time left, and the number that matters, within 80 columns."""
+"""Progress bars of a run: trials and rounds, the time left, and the mean PSNR, within 80 columns."""
 
 import sys
 from typing import Any

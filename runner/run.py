@@ -92,10 +92,11 @@ class _Run:
             session.on_client = functools.partial(self._on_client, bar)
             session.on_round = functools.partial(self._on_round, bar, session)
             jobs = experiment.jobs_of(session, finished)
-            for job, result in self._results(jobs, functools.partial(self._on_progress, bar)):
-                self._add(job, result)
-                self.trials_done += 1
-                bar.finish(job.index, self._description, self._mean_psnr)
+            with contextlib.closing(self._results(jobs, functools.partial(self._on_progress, bar))) as results:
+                for job, result in results:
+                    self._add(job, result)
+                    self.trials_done += 1
+                    bar.finish(job.index, self._description, self._mean_psnr)
         return self._finish()
 
     def _pretrain(self) -> None:
@@ -147,7 +148,7 @@ class _Run:
         public = None if experiment.flags.public == "none" else experiment.public
         runner = TrialRunner(experiment.attack, public, experiment.seed, self.store, experiment.threads)
         count = experiment.worker_count
-        if experiment.flags.backend == "ray" and not experiment.attack.is_analytic:
+        if experiment.flags.backend == "ray" and experiment.attack.needs_workers():
             return run_on_ray(runner, jobs, count)
         return run_in_workers(runner, jobs, listen, count) if count > 1 else run_in_process(runner, jobs, listen)
 

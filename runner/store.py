@@ -20,7 +20,7 @@ from torch import Tensor
 
 from utils.files import write_atomically, write_json
 
-SAVE_EVERY = 20.0  # seconds between two checkpoints of a trial: what a kill may cost
+SAVE_EVERY = 20.0  # seconds between two checkpoints of a trial: the work that a kill loses
 
 
 def source_digest(root: Path, folders: Sequence[str]) -> str:

@@ -13,7 +13,8 @@ from attacks import ATTACKS
 from attacks.dlf import EpochObjective, consensus
 from attacks.matching.distances import cosine_distance
 from attacks.matching.matcher import GradientMatcher
-from attacks.matching.signed_inversion import MatchingObjective, Run
+from attacks.matching.runs import Run
+from attacks.matching.signed_inversion import MatchingObjective
 from attacks.optim.adam import Adam
 from attacks.sme import Surrogate
 from core.protocol import Batch, Observation, Recipe, Reconstruction, image_task
@@ -65,7 +66,7 @@ def objective_of(name: str, observation: Observation) -> tuple[MatchingObjective
     class Capture(ATTACKS[name]):  # type: ignore[misc]
         def descend(
             self, objective: MatchingObjective, labels: Tensor, rng: torch.Generator, copies: int = 1
-        ) -> tuple[Run, int]:
+        ) -> list[Run]:
             captured.append((objective, labels, copies))
             return super().descend(objective, labels, rng, copies)
 

@@ -343,10 +343,10 @@ def test_trap_refuses_a_network_without_relu() -> None:
 
 
 def test_rtf_takes_long_only_where_features_are_inverted() -> None:
-    assert ATTACKS["rtf"]().is_analytic
-    assert not ATTACKS["rtf"](position="features").is_analytic
-    assert ATTACKS["analytic"]().is_analytic
-    assert ATTACKS["trap"]().is_analytic
+    assert not ATTACKS["rtf"]().needs_workers()
+    assert ATTACKS["rtf"](position="features").needs_workers()
+    assert not ATTACKS["analytic"]().needs_workers()
+    assert not ATTACKS["trap"]().needs_workers()
 
 
 def test_one_shot_bins_begin_at_the_middle() -> None:

@@ -18,7 +18,7 @@ from evaluation.bounds import oracle_projection
 from evaluation.metrics import psnr
 from federated.client import gradient, train
 from models import build
-from models.generators import store, vae, wgan
+from models.generators import store, training, vae, wgan
 from models.generators.base import ClassPCA, Generator
 from runner.experiment import public_batch
 from tests.commands import in_process, only_run, rows, shell
@@ -72,7 +72,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     monkeypatch.setenv("CHECKPOINTS", str(tmp_path / "uninterrupted"))
     uninterrupted, _ = store.load_or_train(config, public, 3)
     monkeypatch.setenv("CHECKPOINTS", str(tmp_path / "interrupted"))
-    monkeypatch.setattr(store, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
     draw, calls = module.augmented_batch, []
 
     def interrupt(*args: object) -> Batch:

@@ -42,16 +42,22 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def add_flags(parser: Any, cls: type, help_of: Callable[[type, Any], str], switches_only: bool = False) -> None:
+def add_flags(
+    parser: Any,
+    cls: type,
+    help_of: Callable[[type, Any], str],
+    switches_only: bool = False,
+    show: Callable[[Any], str] = str,
+) -> None:
     """Add a flag for each field of a dataclass to a parser or argument group.
 
     help_of: (class, field) -> help text, to which the default is added. switches_only: booleans are switched on by
-    --name alone; otherwise --no-name exists as well.
+    --name alone; otherwise --no-name exists as well. show: a default -> its text in the help.
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{help_of(cls, field)} {_default(field.default)}".replace("%", "%%").strip()
+        text = f"{help_of(cls, field)} {_default(field.default, show)}".replace("%", "%%").strip()
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": field.name}
         parser.add_argument(flag, **options, **_action(hints[field.name], switches_only))
 
@@ -75,12 +81,11 @@ def _action(hint: Any, switches_only: bool) -> dict[str, Any]:
     return {"type": hint, "metavar": {int: "INT", float: "FLOAT", str: "NAME", Path: "PATH"}[hint]}
 
 
-def _default(value: Any) -> str:
+def _default(value: Any, show: Callable[[Any], str]) -> str:
     if value is None or value == ():
         return ""
-    if isinstance(value, tuple):
-        value = " ".join(map(str, value))
-    return f"(default: {value})"
+    text = " ".join(map(show, value)) if isinstance(value, tuple) else show(value)
+    return f"(default: {text})"
 
 
 def _hyphens(word: str) -> str:

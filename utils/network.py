@@ -1,4 +1,4 @@
-"""Whether there is a network: a question that must not hang a program."""
+"""Checks of the network that end within a time limit."""
 
 import threading
 import urllib.request

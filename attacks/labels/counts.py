@@ -29,10 +29,11 @@ def bias_counts(mean_gradient: tuple[Tensor, ...], observation: Observation) -> 
 
     pbar, the mean softmax over the private examples, is estimated on public ones, or on synthetic ones if there are
     none. After several local steps it is averaged over models between the one broadcast and the one returned. The
-    client's path is not straight, and its curvature depends on the order of its minibatches, so the counts are then
-    learned: simulated clients, with labels near those inferred so far, train by the same recipe, a ridge regression
-    predicts their true counts from features of their updates (`_features`), and is applied to the observed update.
-    Needs a head with bias. Adam hides the size of db: before the simulation, classes with db_j < 0 share the labels.
+    client's path is not straight, and its curvature depends on the order of its minibatches. So the counts are then
+    corrected by simulation. Simulated clients, with labels near those inferred so far, train by the same recipe. A
+    ridge regression predicts their true counts from features of their updates (`_features`) and is applied to the
+    observed update. Adam's update does not show the size of db: initial counts are then proportional to -db_j over the
+    classes with db_j < 0. Needs a head with bias.
     """
     count, recipe = observation.update.num_examples, observation.recipe
     update = observation.update.ordered(observation.model)
@@ -128,7 +129,7 @@ def _features(
 
     The returned model's mean softmax is biased towards the labels of the last minibatches. Because hidden features
     drift during local training, weight rows and bias entries average the steps differently; projections of the head's
-    gradient on the drift, and on the direction in which errors push features, separate early from late steps.
+    gradient on the drift, and on the gradient of the loss with respect to the features, separate early from late steps.
     """
     weight, _ = head_gradient(mean_gradient, observation.task.num_classes)
     head, _ = head_gradient(tuple(w.detach() for w in responses.meta.weights), observation.task.num_classes)

@@ -58,7 +58,9 @@ def smallest_columns(mean_gradient: tuple[Tensor, ...], observation: Observation
 
 @RULES.register("LLG")
 def largest_shares(mean_gradient: tuple[Tensor, ...], observation: Observation) -> Tensor:
-    """Each label takes its share m out of the row sums: negative rows first, then the smallest until K are found.
+    """A label for each negative row sum, then for the smallest sum until there are K.
+
+    The mean contribution of a label is taken out of the row sum of each label found.
 
     Wainakh et al., User-Level Label Leakage from Gradients, PoPETs 2022. https://arxiv.org/abs/2105.09369
     """

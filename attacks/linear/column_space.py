@@ -87,7 +87,10 @@ class ColumnSpace:
         return span, span.T @ self.mixtures
 
     def anchors(self, span: Tensor, rows: Tensor, sources: Tensor) -> Tensor:
-        """Coordinates (m, r) that belong to sources (m, d) unmixed from rows (m, d), up to a part outside `span`."""
+        """Coordinates (m, r) of the d_i that belong to `sources` (m, d), which were unmixed from `rows` (m, d).
+
+        The part of the coordinates outside `span` is left out.
+        """
         return (span @ torch.linalg.pinv(torch.linalg.lstsq(rows.T, sources.T).solution.T)).T
 
     def inactive_mask(self, sources: Tensor, norms: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ class ColumnSpace:
         return (outputs < 0).to(sources)
 
     def rounding(self, vectors: Tensor) -> Tensor:
-        """The largest size, by rounding, of an entry that is zero, for each of the vectors (h, m): (m,)."""
+        """The largest absolute value that rounding can give to a zero entry of each vector (h, m): (m,)."""
         # vectors = L q
         q = torch.linalg.solve_triangular(self.triangle, self.basis.T @ vectors, upper=True)
         return torch.maximum(ZERO * vectors.norm(dim=0), 10 * self.noise * q.norm(dim=0))
@@ -127,7 +130,7 @@ class ColumnSpace:
         return torch.where(constructed, score - len(self.basis), score)
 
     def refine(self, vectors: Tensor) -> Tensor:
-        """Vectors (m, h) that are as close to zero as rounding allows where the given ones nearly are."""
+        """Vectors (m, h) of the space, moved so that entries near zero are as close to zero as possible."""
         products = (self.factor[:, :, None] * self.factor[:, None]).flatten(1)
         for slack in (10, 3):
             rows = vectors.abs() < slack * self.rounding(vectors.T)[:, None]

@@ -1,6 +1,8 @@
 """From unmixed sources to the layer's inputs: by the zeros that ReLU leaves in d_i, or by consistency.
 
-Consistent inputs give d = d(x, y), and d gives the inputs, so that  dL/dW = (1/n) sum_i d_i x_i^T.
+Inputs are consistent if the output gradients d(x, y) that the model computes for them satisfy
+
+    dL/dW = (1/n) sum_i d_i x_i^T
 """
 
 import math
@@ -97,7 +99,7 @@ def recover_inputs(
             return Recovered(best.inputs, labels, best.inputs, (selection.sign_mismatch,))
     unmixed, trace = unmix()
     starts = [*starts, unmixed]
-    # where no start explains the gradient, as after local steps, the first one counts
+    # if no start explains the gradient, as after local steps, min returns the first one
     ends = [refine_by_consistency(problem, start, rounds) for start in starts]
     sources, end = min(zip(starts, ends, strict=True), key=lambda run: run[1].unexplained)
     return Recovered(end.inputs, end.labels, sources, trace)

@@ -55,8 +55,8 @@ class Selection:
 def select_best(candidates: Candidates, selection: Selection, resolve: Callable[[Tensor], Solution]) -> None:
     """Update `selection` with the sets of independent candidates that it has not tried yet.
 
-    `resolve` makes a solution of columns (H, r) of unknown lengths. If the sparsest set is nearly exact, one wrong
-    vector may have taken the place of a right one: sets without each of its vectors follow, then repairs of one column.
+    `resolve` makes a solution of columns (H, r) of unknown lengths. If the sparsest set is nearly exact, one of its
+    vectors may be wrong: the sets that leave out one vector each are tried next, then `repair_column`.
     """
     space = candidates.space
     all_certain = len(candidates.certain()) == space.rank

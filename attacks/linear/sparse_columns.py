@@ -11,7 +11,7 @@ from torch import Tensor
 from attacks.linear.column_space import ZERO, ColumnSpace, is_first, unit
 from attacks.linear.ica import View, unmix
 
-CERTAIN_SHARE = 0.8  # of `min_zeros`, from which on a vector is certainly a d_i
+CERTAIN_SHARE = 0.8  # a vector whose score reaches this share of `min_zeros` counts as a d_i
 MAX_PASSES = 4  # from sources to vectors and back, while no certain vector is found
 
 
@@ -26,7 +26,7 @@ class Candidates:
         self._next_id = 0
 
     def add(self, q: Tensor) -> None:
-        """Add the vectors with unit coordinates q (m, r), refined to be as sparse as their neighbourhood allows."""
+        """Add the vectors with unit coordinates q (m, r), after `ColumnSpace.refine`."""
         vectors = self.space.refine((self.space.basis @ q.T).T)
         scores = self.space.sparsity_score(vectors)
         order = scores.argsort(descending=True, stable=True)
@@ -64,8 +64,8 @@ class Candidates:
 def search_from_ica(candidates: Candidates, view: View, rng: torch.Generator, rounds: int = 12) -> list[int]:
     """Add vectors that fit the sources of FastICA on `view`; returns the certain candidates.
 
-    Once some d_i are certain, rows without those examples are unmixed anew. Where no vector is certain, the vectors
-    that fit the sources best still give better sources.
+    When more d_i are certain, the rest is unmixed again without these examples. Otherwise the vectors that fit best
+    give new sources, up to MAX_PASSES times.
     """
     space = candidates.space
     failures, certain = 0, candidates.certain()

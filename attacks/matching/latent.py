@@ -1,8 +1,8 @@
 """The latent of a generator whose image explains an update: what attacks with a generative prior share.
 
 Such an image looks like its class whatever the update is. So three scores stand beside the attack's: the mean image of
-the class (what the label alone is worth), the best image in the generator's range (an oracle, computed in evaluation/),
-and Inverting Gradients on the same update, whose only prior is smoothness.
+the class (the best guess from the label alone), the best image in the generator's range (an oracle, computed in
+evaluation/), and Inverting Gradients on the same update, whose only prior is smoothness.
 """
 
 import math
@@ -59,7 +59,8 @@ class LatentInversion(Attack):
     generator_file: Path | None = hp(None, "folder of a generator made by experiments/prior.sh, used as G")
     generator_steps: int = hp(0, "training steps of a vae or wgan; 0: its own default", ge=0, smoke=3)
     output_normalization: Literal["half", "dataset"] = hp(
-        "half", "units of a trained G's last layer: tanh about mid-grey, or mean and std of public images"
+        "half",
+        "units of the last layer of a G to be trained: tanh about mid-grey (half), or mean and std of public images",
     )
     latent_dim: int = hp(32, "number of latents of an image", ge=1, smoke=4)
     optimizer: Literal["adam", "cma"] = hp("adam", "optimiser of the latents: Adam, or CMA-ES, which uses no gradients")
@@ -71,13 +72,22 @@ class LatentInversion(Attack):
     distance: Literal["cosine", "l2"] = hp(
         "cosine", "distance D: cosine, or squared distance over the number of tensors"
     )
-    latent_weight: float = hp(1e-5, "weight r of R, the divergence of z's entries from N(0, 1)", ge=0)
+    latent_weight: float = hp(
+        1e-5, "weight r of R, the divergence of the distribution of z's entries from N(0, 1)", ge=0
+    )
     noise: float | None = hp(
-        None, "assumed noise on the update: D is then l2 and R the posterior's; default: the noise of the defence", ge=0
+        None,
+        "assumed standard deviation of noise on an entry of the matched gradient; if not 0, the objective is the "
+        "negative log posterior, and distance and latent weight have no effect; default: the noise of the defence",
+        ge=0,
     )
     update_model: UpdateModel = hp("auto", UPDATE_MODEL_HELP)
     comparison_iterations: int = hp(
-        1000, "iterations of the Inverting Gradients run for comparison; 0: none", ge=0, smoke=0
+        1000,
+        "iterations of Inverting Gradients on the same update, whose score is reported beside this attack's; "
+        "0: no such run",
+        ge=0,
+        smoke=0,
     )
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,26 +10,14 @@ from torch import Tensor, nn
 
 from attacks.base import Attack
 from attacks.matching.matcher import UPDATE_MODEL_HELP, GradientMatcher, UpdateModel, check_update_model
+from attacks.matching.runs import Run, run_restarts, to_reconstruction
 from attacks.optim.lbfgs import Lbfgs
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
-from attacks.optim.tracker import current_tracker
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
 from core.protocol import Recipe, Reconstruction, Task
 
 REGULARIZER_FADE = (1.0, 0.1, 0.01)  # of its weight in the three phases of a batch
-
-
-@dataclass(frozen=True)
-class Run:
-    """One descent, at the lowest objective it found."""
-
-    examples: Tensor  # (N, *shape), valid in the domain
-    labels: Tensor  # (N,) int64
-    loss: float  # ||g^ - g*||^2 over ||g*||^2
-    trace: tuple[float, ...]
-    iterations: int
-    failed: bool
 
 
 class SquaredDistance(Objective):
@@ -81,7 +69,12 @@ class LbfgsInversion(Attack):
 
     iterations: int = hp(800, "largest number of L-BFGS iterations in a run", ge=1, smoke=3)
     restarts: int = hp(3, "largest number of runs; another one starts only if one fails", ge=1, smoke=1)
-    lr: float = hp(1.0, "first step length that L-BFGS tries", gt=0, source="authors' main.py")
+    lr: float = hp(
+        1.0,
+        "step length that each line search tries first; without a line search, the step length itself",
+        gt=0,
+        source="authors' main.py",
+    )
     line_search: Literal["strong_wolfe", "none"] = hp(
         "strong_wolfe", "line search of L-BFGS; without one it diverges on some images"
     )
@@ -90,12 +83,17 @@ class LbfgsInversion(Attack):
     bounded: bool = hp(True, "examples confined to their domain by a smooth map; for images a sine")
     tv: float = hp(
         1e-2,
-        "weight of a batch's regulariser (for images total variation) in the first of three phases, over ||g*||^2",
+        "weight of the regulariser (for images total variation) relative to ||g*||^2, for batches only; x 0.1 in each "
+        "of two further phases",
         ge=0,
     )
-    failure_threshold: float = hp(1e-2, "objective, relative to ||g*||^2, above which a run has failed", gt=0)
+    failure_threshold: float = hp(1e-2, "squared distance, relative to ||g*||^2, above which a run has failed", gt=0)
     patience: int = hp(160, "iterations after which a run above the failure threshold ends; 0: never", ge=0)
-    tolerance: float = hp(1e-9, "objective, relative to ||g*||^2, below which a run has converged", ge=0)
+    tolerance: float = hp(
+        1e-9,
+        "squared distance, relative to ||g*||^2, below which a run has converged; without effect with a regulariser",
+        ge=0,
+    )
     update_model: UpdateModel = hp("auto", UPDATE_MODEL_HELP)
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
@@ -119,29 +117,19 @@ class LbfgsInversion(Attack):
         if not 0 < matcher.target_norm_sq < math.inf:  # an empty update, or local training that diverged
             examples = matcher.task.domain.project(matcher.task.domain.init(matcher.num_examples, rng))
             return Reconstruction(examples, labels, status="diverged")
-        runs: list[Run] = []
-        while len(runs) < self.restarts and (not runs or runs[-1].failed):
-            number = len(runs)
-            first = logits(number) if logits is not None else None
-            runs.append(
-                current_tracker().run_segment(
-                    Run, rng, lambda first=first, number=number: self._run(matcher, rng, labels, first, number)
-                )
-            )
-        best = min(runs, key=lambda run: run.loss)
-        return Reconstruction(
-            examples=best.examples,
-            labels=best.labels,
-            trace=best.trace,
-            iterations=sum(run.iterations for run in runs),
-            restarts=len(runs) - 1,
-            status="diverged" if best.failed else "ok",
-        )
+        run = partial(self._run, matcher, rng, labels, logits)
+        return to_reconstruction(run_restarts(self.restarts, rng, run, until_success=True))
 
     def _run(
-        self, matcher: GradientMatcher, rng: torch.Generator, labels: Tensor | None, logits: Tensor | None, number: int
+        self,
+        matcher: GradientMatcher,
+        rng: torch.Generator,
+        labels: Tensor | None,
+        logits: Callable[[int], Tensor] | None,
+        number: int,
     ) -> Run:
         """One descent; ends when it has converged or failed."""
+        first_logits = logits(number) if logits is not None else None
         domain = matcher.task.domain
         if self.init == "normal":
             start = torch.randn(matcher.num_examples, *domain.shape, generator=rng)
@@ -150,8 +138,8 @@ class LbfgsInversion(Attack):
         start = start.to(matcher.device)
         decode = domain.from_unbounded if self.bounded else (lambda u: u)
         variables = [domain.to_unbounded(start) if self.bounded else start]
-        if logits is not None:
-            variables.append(logits.detach().clone().to(matcher.device))
+        if first_logits is not None:
+            variables.append(first_logits.detach().clone().to(matcher.device))
         variables += [v.init.clone().to(matcher.device) for v in matcher.counter.variables]
         for variable in variables:
             variable.requires_grad_()
@@ -162,9 +150,8 @@ class LbfgsInversion(Attack):
             return 0 < self.patience <= state.iterations and not state.best_metric <= self.failure_threshold
 
         def should_stop(state: State) -> bool:
-            if weights[
-                state.phase
-            ]:  # the distance does not approach zero: it has converged when the objective stays the same
+            if weights[state.phase]:
+                # the distance does not approach zero: it has converged when the objective stays the same
                 converged = state.previous_best - state.best < 1e-4 * state.best
             else:
                 converged = state.best_metric < self.tolerance

@@ -1,4 +1,4 @@
-"""Gradient matching: what an update says, and what a guess would have made the client send.
+"""Gradient matching: the observed update, and the simulated update of guessed examples.
 
 An attack guesses examples and labels, simulates the update that a client with them would have sent, and moves them
 until it equals the update that was observed.
@@ -114,10 +114,10 @@ class GradientMatcher:
         return tuple(t / scale for t in self.counter.forward(tuple(scale * t for t in update), *unknowns))
 
     def adam_direction(self, gradient: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What a delta that is matched as one gradient shows of it: the gradient itself, or what Adam makes of it.
+        """The expected direction of a delta that is matched as one gradient.
 
-        Adam divides each entry by about its own size, which leaves its sign, and a sign has no gradient to follow.
-        Divided by its own size plus the mean size in its layer, an entry keeps one: 5 to 10 dB on single images.
+        For SGD it is the gradient. Adam's first step is the sign of the gradient, whose derivative is zero. So for Adam
+        it is g / (|g| + mean |g| of the layer), which has a derivative: 5 to 10 dB on single images.
         """
         if self.recipe.optimizer == "sgd":
             return gradient

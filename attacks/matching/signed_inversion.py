@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
@@ -14,28 +13,15 @@ from torch import Tensor
 from attacks.base import Attack
 from attacks.matching.distances import add_balanced
 from attacks.matching.matcher import GradientMatcher, Precision
+from attacks.matching.runs import Run, run_restarts
 from attacks.optim.adam import Adam
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
-from attacks.optim.tracker import current_tracker
 from core.hyperparameters import hp, hyperparameters
-from core.protocol import Reconstruction
 from defenses.base import Variable
 
 DECAY_AT = (3 / 8, 5 / 8, 7 / 8)  # shares of the budget at which the step falls to a tenth
 
 Own = TypeVar("Own", bound="MatchingObjective")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One descent, at the lowest objective it found."""
-
-    examples: Tensor  # (N, *shape), valid in the domain
-    labels: Tensor  # (N,) int64
-    loss: float  # of the attack's own objective
-    trace: tuple[float, ...]
-    iterations: int
-    failed: bool
 
 
 class MatchingObjective(Objective):
@@ -100,20 +86,23 @@ class SignedInversion(Attack):
     requires = frozenset({"double_backward"})
     supports_adam = True
     paper = {
-        "iterations": (4800, "rec_mult.py"),
-        "tv": (1e-4, "options.py"),
-        "tv_scale": ("absolute", "rec_mult.py"),
-        "init": ("normal", "rec_mult.py"),
-        "patience": (0, "rec_mult.py"),
-        "precision": ("float32", "rec_mult.py"),
+        "iterations": (4800, "Inverting Gradients' rec_mult.py"),
+        "tv": (1e-4, "Inverting Gradients' options.py"),
+        "tv_scale": ("absolute", "Inverting Gradients' rec_mult.py"),
+        "init": ("normal", "Inverting Gradients' rec_mult.py"),
+        "patience": (0, "Inverting Gradients' rec_mult.py"),
+        "precision": ("float32", "Inverting Gradients' rec_mult.py"),
     }
 
     iterations: int = hp(300, "largest number of steps in a run", ge=1, smoke=3)
     restarts: int = hp(1, "number of runs; the one with the lowest objective is the answer", ge=1)
     lr: float = hp(
-        0.1, "Adam step in the model's units, x 0.1 at 3/8, 5/8 and 7/8 of a run", gt=0, source="rec_mult.py"
+        0.1,
+        "Adam step in the model's units, x 0.1 at 3/8, 5/8 and 7/8 of a run",
+        gt=0,
+        source="Inverting Gradients' rec_mult.py",
     )
-    signed: bool = hp(True, "sign of the gradient instead of the gradient", source="rec_mult.py")
+    signed: bool = hp(True, "sign of the gradient instead of the gradient", source="Inverting Gradients' rec_mult.py")
     tv: float = hp(0.6, "weight of the regulariser (for images total variation)", ge=0)
     tv_scale: Literal["share", "absolute"] = hp(
         "share", "unit of that weight: share of the matching gradient, or absolute"
@@ -122,28 +111,10 @@ class SignedInversion(Attack):
     patience: int = hp(100, "steps without a gain of 1% before the step falls early; 0: never", ge=0)
     precision: Precision = hp("auto", "dtype of 3x3 convolutions; auto: bfloat16 where the hardware supports it")
 
-    def descend(
-        self, objective: MatchingObjective, labels: Tensor, rng: torch.Generator, copies: int = 1
-    ) -> tuple[Run, int]:
-        """The best of all runs, and the iterations of all together; examples are (copies * N, *shape)."""
+    def descend(self, objective: MatchingObjective, labels: Tensor, rng: torch.Generator, copies: int = 1) -> list[Run]:
+        """All runs; their examples are (copies * N, *shape)."""
         objective.labels, objective.gradients = labels.repeat(copies), self._step_directions(objective)
-        runs = [
-            current_tracker().run_segment(Run, rng, partial(self._run, objective, rng, number))
-            for number in range(self.restarts)
-        ]
-        return min(runs, key=lambda run: run.loss), sum(run.iterations for run in runs)
-
-    def to_reconstruction(self, best: Run, iterations: int, examples: Tensor | None = None) -> Reconstruction:
-        """The best run as a reconstruction; `examples` if they are not simply its own."""
-        examples = best.examples if examples is None else examples
-        return Reconstruction(
-            examples=examples,
-            labels=best.labels[: len(examples)],
-            trace=best.trace,
-            iterations=iterations,
-            restarts=self.restarts - 1,
-            status="diverged" if best.failed else "ok",
-        )
+        return run_restarts(self.restarts, rng, partial(self._run, objective, rng))
 
     def _run(self, objective: MatchingObjective, rng: torch.Generator, number: int) -> Run:
         matcher, labels = objective.matcher, objective.labels

@@ -120,7 +120,7 @@ class Optimizer(Protocol):
         """Move the variables, each by its learning rate."""
 
     def reset(self) -> None:
-        """Forget the past: the objective has changed."""
+        """Clear the optimiser's history, because the objective has changed."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -131,10 +131,10 @@ class Optimizer(Protocol):
 class Phase:
     """A part of a descent.
 
-    steps: its budget in iterations. until: instead, the iterations of the whole descent at which it ends, so that
-    what an earlier phase left over is used. rates: iteration within the phase -> learning rate of each variable.
-    should_stop: whether the phase ends early, asked between the evaluation of a step and its move. from_best: the
-    phase starts at the best variables, with an optimiser without a past and a new `best`.
+    steps: its budget in iterations. until: alternative to `steps`, the total iteration count at which the phase ends;
+    iterations that earlier phases did not use then belong to it. rates: iteration within the phase -> learning rate of
+    each variable. should_stop: whether the phase ends early; called between `Optimizer.evaluate` and
+    `Optimizer.update`. from_best: the phase starts at the best variables, with a reset optimiser and a new `best`.
     """
 
     rates: Callable[[int], Sequence[float]]
@@ -161,9 +161,10 @@ def descend(
 ) -> State:
     """Minimise `objective` over `variables`, in place.
 
-    project: moves the variables back to valid values after a step. should_abort: whether no further phase is worth
-    it, asked after each. trace_best: the trace holds the metric at the best variables instead of the loss of each
-    step. run: which of how many equal descents this is, for progress. A saved state of the current tracker is resumed.
+    project: moves the variables back to valid values after a step. should_abort: whether the descent ends after this
+    phase; called after each phase. trace_best: the trace holds the metric at the best variables instead of the loss of
+    each step. run: which of how many equal descents this is, for progress. A saved state of the current tracker is
+    resumed.
     """
     tracker = current_tracker()
     state = State.start(variables)

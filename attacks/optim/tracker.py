@@ -19,9 +19,9 @@ Progress = Callable[[int, int, float], None]  # iteration, of how many, objectiv
 class Tracker:
     """Reports progress, and saves and restores the state of a long reconstruction; by default it does neither.
 
-    A reconstruction is a sequence of segments, each a function of a random stream that returns a dataclass. Segments
-    that have ended are remembered by what they returned, the one under way by the state it last saved. States are
-    tensors, numbers, strings, and lists, tuples and dictionaries of them.
+    A reconstruction is a sequence of segments, each a function of a random stream that returns a dataclass. After an
+    interruption, finished segments return their stored results, and the unfinished one is restored from its last saved
+    state (its checkpoint). States are tensors, numbers, strings, and lists, tuples and dictionaries of them.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Tracker:
         self._segments = 0
 
     def run_segment(self, kind: type[R], rng: torch.Generator, work: Callable[[], R]) -> R:
-        """`work()`, a dataclass of type `kind`; after an interruption what it returned before, with `rng` advanced."""
+        """`work()`, a dataclass of type `kind`.
+
+        After an interruption, the stored result of a finished segment, with `rng` as it was at its end.
+        """
         self._segments += 1
         if self._segments <= len(self._ended):
             fields, rng_state = self._ended[self._segments - 1]
@@ -55,7 +58,7 @@ class Tracker:
         return result
 
     def restore(self, rng: torch.Generator) -> dict[str, Any] | None:
-        """The state that the segment under way last saved, with `rng` as it was then; None if there is none."""
+        """The last saved state of the unfinished segment, with `rng` as it was then; None if there is none."""
         if self._open is None:
             return None
         (state, rng_state), self._open = self._open, None
@@ -63,7 +66,7 @@ class Tracker:
         return state
 
     def save(self, rng: torch.Generator, state: dict[str, Any]) -> None:
-        """Save a state from which the segment under way can continue."""
+        """Save a state from which the current segment can continue."""
         self._save({"ended": self._ended, "open": (state, rng.get_state())})
 
 

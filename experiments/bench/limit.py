@@ -27,8 +27,6 @@ from utils.memory import disable_malloc_trim
 
 @hyperparameters
 class Flags:
-    """Achieved fraction of the machine's matmul rate."""
-
     model: tuple[str, ...] = hp(("convnet64", "resnet18"), "networks")
     batch_size: tuple[int, ...] = hp((1, 8), "numbers of images behind a gradient")
     image_size: int = hp(32, "side in pixels", ge=9)

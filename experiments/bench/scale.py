@@ -15,8 +15,6 @@ from runner.cli import run_script
 
 @hyperparameters
 class Flags:
-    """Cost against batch size, image size, local steps, trials and jobs."""
-
     model: str = hp("convnet64", "network of ig_single and ig_multi")
     batch_size: tuple[int, ...] = hp((1, 2, 4, 8, 16), "numbers of images behind a gradient")
     image_size: tuple[int, ...] = hp((32, 64, 128, 224), "sides of a single image in pixels")

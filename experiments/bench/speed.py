@@ -40,8 +40,6 @@ Run = dict[str, Any]
 
 @hyperparameters
 class Flags:
-    """Speed of attacks against the papers' loops and a peer."""
-
     cases: tuple[str, ...] = hp(("dlg", "ig_convnet64_1", "ig_convnet64_8", "rtf", "cpa"), f"cases: {', '.join(CASES)}")
     victims: int = hp(1, "number of victims in each case, attacked one after the other", ge=1)
     turns: int = hp(20, "number of single iterations taken in turn; a quarter of it for batches of 8", ge=8)

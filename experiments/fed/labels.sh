@@ -1,5 +1,5 @@
 #!/bin/sh
-# What an update says about labels: accuracy of each published rule over classes, images, local steps, learning rate
+# Label inference from an update: accuracy of each rule over classes, images, local steps, learning rate
 # and activation. Ends with a table.
 # sh experiments/fed/labels.sh [flags]      all flags: --help
 

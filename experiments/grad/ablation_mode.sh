@@ -1,5 +1,5 @@
 #!/bin/sh
-# What every user trips over: train or eval mode, dropout, BatchNorm. The same victims under each; ends with a table.
+# DLG with train and eval mode, dropout and BatchNorm. The same victims under each; ends with a table.
 # sh experiments/grad/ablation_mode.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository

@@ -1,7 +1,8 @@
 """What an attacker can learn about the images of a class from public images alone.
 
 A `Generator` maps latents z (N, latent_dim) and class labels to images. Before an update is observed, z is standard
-normal. `ClassPCA` is fitted in a second; vae.py and wgan.py are trained by store.py, which also saves and loads them.
+normal. `ClassPCA` is fitted in a second; vae.py and wgan.py are trained by training.py, and saved and loaded by
+store.py.
 """
 
 from abc import ABC, abstractmethod

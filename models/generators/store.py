@@ -5,15 +5,11 @@ manifest.json, samples.png (random images of the first classes, a row for each) 
 which an interrupted training continues.
 """
 
-import contextlib
 import hashlib
 import inspect
 import json
-import math
 import os
-import pickle
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -25,17 +21,16 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from core.errors import UsageError
 from core.paths import ROOT
 from core.protocol import Batch, Task
-from models.generators import training
+from models.generators import parts, training
 from models.generators.base import Generator
-from models.generators.training import KINDS, GeneratorConfig, OutputNormalization
+from models.generators.parts import KINDS, GeneratorConfig, OutputNormalization
+from models.generators.training import train
 from utils.files import digest, write_atomically, write_json
 
-SAVE_EVERY = 20.0  # seconds between two checkpoints of a training
 SAMPLED_CLASSES, SAMPLES_PER_CLASS = 10, 10  # rows and columns of samples.png
 
 
@@ -145,55 +140,16 @@ def data_digest(public: Batch) -> str:
 
 def _key(config: GeneratorConfig, public: Batch, classes: int) -> str:
     """12 hexadecimal digits that depend on everything a trained generator does, including the code that trains it."""
-    modules = (sys.modules[__name__], training, inspect.getmodule(KINDS[config.kind].trainer))
+    modules = (sys.modules[__name__], parts, training, inspect.getmodule(KINDS[config.kind].trainer))
     code = "".join(inspect.getsource(module) for module in modules)
     device = public.examples.device.type
     return digest([asdict(config), classes, data_digest(public), digest(code), torch.__version__, device])
 
 
 def _train(config: GeneratorConfig, public: Batch, classes: int, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Train to the last step on one thread: with more, sums are taken in another order and the result changes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _train_on_one_thread(config, public, classes, folder, metadata)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train_on_one_thread(
-    config: GeneratorConfig, public: Batch, classes: int, folder: Path, metadata: Mapping[str, Any]
-) -> None:
-    rng = torch.Generator().manual_seed(config.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        trainer = KINDS[config.kind].trainer(config, public, classes)
-    parts, checkpoint = trainer.stateful(), folder / "state.pt"
-    done, seconds_before = 0, 0.0
-    # training starts from the beginning if there is no checkpoint or it is damaged
-    with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
-        saved = torch.load(checkpoint, map_location=public.examples.device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        done, seconds_before = saved["done"], saved["seconds"]
-        rng.set_state(saved["rng"].cpu())
-    started = last_save = time.monotonic()
-    loss = math.nan
-    pause = 0.2 if sys.stderr.isatty() else 20  # seconds between two lines of progress
-    with tqdm(
-        total=config.steps, initial=done, desc=f"{config.kind} generator", unit="step", mininterval=pause, ncols=80
-    ) as bar:
-        for loss in trainer.steps(done, rng):
-            done += 1
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
-            if time.monotonic() - last_save > SAVE_EVERY and done < config.steps:
-                last_save = time.monotonic()
-                state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"done": done, "seconds": seconds_before + last_save - started, "rng": rng.get_state()}
-                write_atomically(checkpoint, partial(torch.save, state))
-    trainer.finish()
-    generator = trainer.generator.eval()
+    """Train a generator and write everything that its folder holds."""
+    checkpoint = folder / "state.pt"
+    generator, last_loss, seconds = train(config, public, classes, checkpoint)
     write_atomically(folder / "samples.png", partial(_save_samples, generator, classes))
     facts = {
         "config": asdict(config),
@@ -202,8 +158,8 @@ def _train_on_one_thread(
         "data": data_digest(public),
         "images": len(public.labels),
         "parameters": sum(p.numel() for p in generator.parameters()),
-        "last_loss": loss,
-        "seconds": round(seconds_before + time.monotonic() - started, 1),
+        "last_loss": last_loss,
+        "seconds": round(seconds, 1),
         "torch": torch.__version__,
         **metadata,
     }

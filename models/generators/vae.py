@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.protocol import Batch
 from models.generators.base import Generator
-from models.generators.training import (
+from models.generators.parts import (
     LABEL_DIM,
     GeneratorConfig,
     PixelScaler,

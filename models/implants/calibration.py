@@ -24,8 +24,9 @@ KERNEL_POINTS = 64  # that stand for the Gaussian kernel around each public exam
 def thresholds(brightness: Tensor, bins: int, quantiles: Quantiles) -> Tensor:
     """Thresholds c_0 .. c_{K-1} and the end of the last bin (bins + 1,), from the brightness of public images (n,).
 
-    quantiles: of what the thresholds between are k/K quantiles. "smooth": a kernel density estimate, "empirical": the
-    public values, "normal" and "laplace": a fit to these, "official": Laplace(0, 0.71), as in the authors' notebook.
+    quantiles: the distribution whose k/K quantiles are the inner thresholds. "smooth": a kernel density estimate,
+    "empirical": the public values, "normal" and "laplace": a fit to these, "official": Laplace(0, 0.71), as in the
+    authors' notebook.
     """
     h = brightness.double()
     share = torch.arange(1, bins, device=h.device, dtype=torch.float64) / bins
