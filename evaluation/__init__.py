@@ -1,6 +1,7 @@
 """Scores of reconstructions against the truth. No attack, model or defence sees the truth.
 
 metrics: how far one example is from another. pairing: which reconstruction belongs to which true example. baselines:
-what public data alone would score. bounds: oracles, computed with the truth. evaluator: the rows of one trial.
-summary: the numbers of a run.
+what public data alone would score. candidates: examples that nobody sent. identification: the rank of a victim among
+them. bounds: oracles, computed with the truth. evaluator: the rows of one trial. intervals: 95% intervals over
+independent units. summary: the numbers of a run. verdict: whether the update leaks.
 """

@@ -2,9 +2,14 @@
 
 Reconstructions are paired with true examples one to one. A true example without one is missed: it is scored with the
 mean public example, which is what an attacker without a result would show, and it never counts as recovered.
+
+What an attacker scores who learns nothing is measured with the same freedom: the means of the true classes are paired
+with the true examples by the same rule, and so is the reconstruction with other examples of the same labels.
+docs/metrics.md has the equations.
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +19,8 @@ from torch import Tensor
 
 from core.protocol import Batch, Reconstruction, Task
 from evaluation.baselines import Baselines
+from evaluation.candidates import Candidates
+from evaluation.identification import ranks
 from evaluation.metrics import Network, compare, psnr
 from evaluation.pairing import correlations, has_right_sign, labels_right, pair
 from evaluation.summary import RECOVERED_PSNR, thin
@@ -23,12 +30,14 @@ from evaluation.summary import RECOVERED_PSNR, thin
 class ScoringContext:
     """What all trials of a run are scored with.
 
-    networks: pretrained networks by the name of their metric, such as {"lpips": Lpips(print)}.
+    networks: pretrained networks by the name of their metric, such as {"lpips": Lpips(print)}. candidates: examples
+    that nobody sent, for identification and the null; without them rows have neither.
     """
 
     task: Task
     baselines: Baselines
     networks: Mapping[str, Network] = field(default_factory=dict)
+    candidates: Candidates | None = None
 
     @property
     def missing_example(self) -> Tensor:  # (*shape)
@@ -56,6 +65,7 @@ def score_trial(
     projection: Tensor | None = None,
     recoverable: Tensor | None = None,
     unrelated: Tensor | None = None,
+    trial: int = 0,
 ) -> TrialScore:
     """Score a reconstruction against the truth.
 
@@ -67,6 +77,7 @@ def score_trial(
         projection: (N, *shape), an oracle from `bounds.search_space_bound`. Its PSNR is reported.
         recoverable: (N,) bool, an oracle from `bounds.recoverable_mask`.
         unrelated: (M, *shape), examples that no client holds, for the false-positive rate.
+        trial: the number of the update, which seeds the draws of its null.
 
     Returns:
         Rows, reconstructions and a record, all on the CPU.
@@ -76,6 +87,7 @@ def score_trial(
     domain, baselines = context.task.domain, context.baselines
     pairs, rebuilt = _rebuilt(truth.examples, examples, context)
     right = labels_right(truth.labels, labels, pairs)
+    class_psnr = class_mean_psnr(truth, baselines)
     rows: list[dict[str, Any]] = []
     for i, (x, label, j) in enumerate(zip(truth.examples, truth.labels.tolist(), pairs, strict=True)):
         rows.append(
@@ -87,7 +99,7 @@ def score_trial(
                 "label_pred": None if labels is None or j is None else int(labels[j]),
                 "label_ok": right[i],
                 "baseline_psnr": _psnr(x, baselines.mean_example),
-                "class_baseline_psnr": _psnr(x, baselines.class_mean(label)),
+                "class_baseline_psnr": None if class_psnr is None else class_psnr[i],
             }
         )
     if rec.sources is not None:
@@ -102,6 +114,14 @@ def score_trial(
     if projection is not None:
         for row, x, best in zip(rows, truth.examples, projection.cpu(), strict=True):
             row["oracle_floor_psnr"] = psnr(x, best)
+    null: dict[str, Any] | None = None
+    if context.candidates is not None:
+        valid = domain.project(examples[_finite(examples)])
+        for row, place in zip(rows, ranks(truth.examples, truth.labels, valid, pairs, context.candidates), strict=True):
+            row |= place
+        null = _null(truth, examples, context, context.candidates, trial)
+        for i, row in enumerate(rows):
+            row["null_psnr"] = None if null is None else statistics.fmean(draw[i] for draw in null["psnr"])
     record: dict[str, Any] = {
         "iterations": rec.iterations,
         "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
@@ -109,6 +129,8 @@ def score_trial(
         "restarts": rec.restarts,
         "trace": thin(rec.trace),
     }
+    if null is not None:
+        record["null"] = null | {"psnr": [round(value, 2) for draw in null["psnr"] for value in draw]}
     if recoverable is not None:
         for row, single in zip(rows, recoverable.tolist(), strict=True):
             row["ceiling"] = single
@@ -129,12 +151,56 @@ def false_positive_rate(unrelated: Tensor, rec: Reconstruction, context: Scoring
     return sum(hits) / len(hits)
 
 
+def class_mean_psnr(truth: Batch, baselines: Baselines) -> list[float] | None:
+    """The PSNR of the means of the true classes, paired with the examples as reconstructions are; None without public.
+
+    These are the reconstructions of an attacker who knows the labels of the update and nothing else.
+    """
+    means = [baselines.class_mean(label) for label in truth.labels.tolist()]
+    known = [mean for mean in means if mean is not None]
+    if len(known) < len(means):
+        return None
+    guesses = torch.stack(known)
+    return [psnr(x, guesses[j]) for x, j in zip(truth.examples, pair(truth.examples, guesses), strict=True)]  # type: ignore[index]
+
+
+def _null(
+    truth: Batch, examples: Tensor, context: ScoringContext, candidates: Candidates, trial: int
+) -> dict[str, Any] | None:
+    """The reconstructions (M, *shape) scored against sets of other examples with the true labels; None without any.
+
+    Returns:
+        psnr: for each set, one value for each place in the batch; a set that is easier to guess than the truth, by the
+        PSNR of its class means, counts for less by the difference. recovered: the share that reaches 20 dB, not
+        corrected. labels: whether all classes had candidates of their own.
+    """
+    sets, same_labels = candidates.draws(truth.labels, trial)
+    if not sets:
+        return None
+    own = class_mean_psnr(truth, context.baselines)
+    corrected, hits = [], []
+    for others in sets:
+        pairs, rebuilt = _rebuilt(others, examples, context)
+        scores = [psnr(x, guess) for x, guess in zip(others, rebuilt, strict=True)]
+        hits += [j is not None and score >= RECOVERED_PSNR for j, score in zip(pairs, scores, strict=True)]
+        theirs = class_mean_psnr(Batch(others, truth.labels), context.baselines)
+        if own is not None and theirs is not None:
+            scores = [score + a - b for score, a, b in zip(scores, own, theirs, strict=True)]
+        corrected.append(scores)
+    return {"psnr": corrected, "recovered": statistics.fmean(hits), "labels": same_labels}
+
+
+def _finite(examples: Tensor) -> Tensor:
+    """Indices of the examples (M, *shape) without an entry that is not finite."""
+    return torch.isfinite(examples).flatten(1).all(1).nonzero().flatten()
+
+
 def _rebuilt(truth: Tensor, examples: Tensor, context: ScoringContext) -> tuple[list[int | None], Tensor]:
     """For each true example (N, *shape) the index of its reconstruction (M, *shape) or None, and what it shows.
 
     Reconstructions with entries that are not finite are nobody's.
     """
-    finite = torch.isfinite(examples).flatten(1).all(1).nonzero().flatten()
+    finite = _finite(examples)
     valid = context.task.domain.project(examples[finite])
     pairs = pair(truth, valid)
     rebuilt = [context.missing_example if j is None else valid[j] for j in pairs]

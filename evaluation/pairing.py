@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -14,8 +13,17 @@ def pair(truth: Tensor, examples: Tensor) -> list[int | None]:
     """
     if not len(examples):
         return [None] * len(truth)
-    a, b = truth.double().flatten(1), examples.double().flatten(1)
-    return _assign(torch.stack([(row - b).square().mean(1) for row in a]))
+    return _assign(mse_matrix(truth, examples))
+
+
+def mse_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """The mean squared error of every pair of examples (N, *shape) and (M, *shape), in float64: (N, M).
+
+    |a - b|^2 = |a|^2 + |b|^2 - 2 a b is exact to about 1e-15 of the squares, far below the cap of 100 dB.
+    """
+    a, b = a.double().flatten(1) - 0.5, b.double().flatten(1) - 0.5
+    squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * (a @ b.T)
+    return squares.clamp(min=0) / a.shape[1]
 
 
 def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], Tensor, list[int | None]]:

@@ -3,34 +3,63 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from evaluation.intervals import chance_p_value, mean_interval, share_interval
+from evaluation.metrics import PSNR_CAP
+
 RECOVERED_PSNR = 20.0  # dB; recognisable at 32x32
+THRESHOLDS = (20.0, 30.0, 60.0)  # dB
+QUANTILES = (5, 25, 50, 75, 95)  # percent
 
 Row = Mapping[str, Any]
 
 
-def is_recovered(row: Row) -> bool:
-    """Whether a true example has a reconstruction of its own that reaches `RECOVERED_PSNR`."""
-    return row["match"] is not None and row["psnr"] >= RECOVERED_PSNR
+def unit_of(row: Row, number: int = 0) -> Hashable:
+    """The independent unit of a row: its `unit`, else its client, else its trial, else row `number` itself."""
+    return next((row[key] for key in ("unit", "client", "trial") if key in row), f"row {number}")
 
 
-def summarize(rows: Sequence[Row], trials: Sequence[Row]) -> dict[str, Any]:
+def is_recovered(row: Row, threshold: float = RECOVERED_PSNR) -> bool:
+    """Whether a true example has a reconstruction of its own whose PSNR reaches `threshold`."""
+    return row["match"] is not None and row["psnr"] >= threshold
+
+
+def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
     """The numbers of summary.json.
 
     rows: one for each true example, as in rows.jsonl; none if the truth is unknown. trials: one for each attacked
-    update, as in trials.jsonl. An entry is None where a row has no value, rather than a mean over some of the rows.
-    Entries that only some attacks have are left out for others.
+    update, as in trials.jsonl. thresholds: PSNRs in dB of the shares under `recovered`. An entry is None where a row
+    has no value, rather than a mean over some of the rows. Entries that only some attacks have are left out for others.
+    Intervals are 95% intervals over independent units (`unit_of`).
     """
     recovered = [r["psnr"] for r in rows if is_recovered(r)]
+    units = [unit_of(r, number) for number, r in enumerate(rows)]
+    labelled = [(bool(r["label_ok"]), unit) for r, unit in zip(rows, units, strict=True) if r["label_ok"] is not None]
+    psnr = _distribution(rows, "psnr")
+    if psnr is not None:
+        interval = mean_interval([r["psnr"] for r in rows], units)
+        high = interval["high"]
+        psnr |= {"low": interval["low"], "high": None if high is None else min(high, PSNR_CAP)}
     return {
         "images": len(rows),
-        "psnr": _distribution(rows, "psnr"),
+        "units": len(set(units)),
+        "unit": _kind(rows),
+        "psnr": psnr,
+        "psnr_quantiles": _quantiles([r["psnr"] for r in rows], QUANTILES) if psnr else None,
+        "most_exposed": _most_exposed(rows) if psnr else None,
         "ssim": _distribution(rows, "ssim"),
         "lpips": _distribution(rows, "lpips"),
-        "label_accuracy": _mean([float(r["label_ok"]) for r in rows if r["label_ok"] is not None]),
+        "label_accuracy": _mean([float(ok) for ok, _ in labelled]),
+        "labels": _share([ok for ok, _ in labelled], [unit for _, unit in labelled]),
         "success_rate": _mean([float(is_recovered(r)) for r in rows]),
+        "recovered": {f"{t:g}": _share([is_recovered(r, t) for r in rows], units) for t in thresholds} if rows else {},
+        "identified": _identified(rows, units),
+        "null": _null(rows, trials),
+        "over_null": _gain(rows, units, "null_psnr"),
         "baseline_psnr": _complete_mean(rows, "baseline_psnr"),
         "class_baseline_psnr": _complete_mean(rows, "class_baseline_psnr"),
         "over_class_mean": gain_over(rows, "class_baseline_psnr"),
@@ -50,27 +79,14 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def gain_over(rows: Sequence[Row], key: str) -> dict[str, float] | None:
+def gain_over(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
     """The mean of PSNR minus the PSNR under `key`, in dB, with its 95% interval by Student's t.
 
-    The difference is taken example by example. Examples of one update, or of one client over the rounds, are not
-    independent: their mean counts as one observation. None for fewer than two observations, and where `key` is None.
-
-    Over "class_baseline_psnr" this is what the examples reveal beyond their label.
+    The difference is taken example by example, and the interval over independent units. None for fewer than two units,
+    and where `key` is None.
     """
-    from scipy.special import stdtrit
-
-    if any(r[key] is None for r in rows):
-        return None
-    groups: dict[Any, list[float]] = {}
-    for number, r in enumerate(rows):
-        groups.setdefault(r.get("client", r.get("trial", f"row {number}")), []).append(r["psnr"] - r[key])
-    gains = [statistics.fmean(group) for group in groups.values()]
-    if len(gains) < 2:
-        return None
-    mean = statistics.fmean(gains)
-    half = float(stdtrit(len(gains) - 1, 0.975)) * statistics.stdev(gains) / math.sqrt(len(gains))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    gain = _gain(rows, [unit_of(r, number) for number, r in enumerate(rows)], key)
+    return None if gain is None or gain["low"] is None else gain
 
 
 def thin(trace: Sequence[float], points: int = 200) -> list[list[float | None]]:
@@ -87,7 +103,72 @@ def thin(trace: Sequence[float], points: int = 200) -> list[list[float | None]]:
     return [[i, float(trace[i]) if math.isfinite(trace[i]) else None] for i in chosen]
 
 
-def _distribution(rows: Sequence[Row], key: str) -> dict[str, float] | None:
+def _gain(rows: Sequence[Row], units: Sequence[Hashable], key: str) -> dict[str, Any] | None:
+    """As `gain_over`, with low and high None for a single unit."""
+    if not rows or any(r.get(key) is None for r in rows):
+        return None
+    return mean_interval([r["psnr"] - r[key] for r in rows], units)
+
+
+def _share(hits: Sequence[bool], units: Sequence[Hashable]) -> dict[str, Any] | None:
+    return share_interval(hits, units) if hits else None
+
+
+def _identified(rows: Sequence[Row], units: Sequence[Hashable]) -> dict[str, Any] | None:
+    """The share of victims at rank 1, its interval, what chance gives, and the p-value against it.
+
+    chance: the mean of 1 / candidates. by_class: whether all candidates of each victim were of its own class. None if
+    some victim had no candidates.
+    """
+    if not rows or any(r.get("identified") is None for r in rows):
+        return None
+    hits = [bool(r["identified"]) for r in rows]
+    chance = statistics.fmean(1 / r["candidates_n"] for r in rows)
+    return {
+        **share_interval(hits, units),
+        "chance": chance,
+        "p_value": chance_p_value(hits, units, chance),
+        "candidates": round(1 / chance),
+        "by_class": all(r["candidates_class"] for r in rows),
+    }
+
+
+def _null(rows: Sequence[Row], trials: Sequence[Row]) -> dict[str, Any] | None:
+    """What the reconstructions score against other examples of the same labels."""
+    nulls = [t.get("null") for t in trials]
+    values = [value for null in nulls if null is not None for value in null["psnr"]]
+    mean = _complete_mean(rows, "null_psnr")
+    if mean is None or not values:
+        return None
+    weights = [len(null["psnr"]) for null in nulls if null is not None]
+    shares = [null["recovered"] for null in nulls if null is not None]
+    return {
+        "psnr": {"mean": mean, "p95": float(np.quantile(values, 0.95))},
+        "recovered": sum(share * weight for share, weight in zip(shares, weights, strict=True)) / sum(weights),
+        "same_labels": all(null["labels"] for null in nulls if null is not None),
+    }
+
+
+def _quantiles(values: Sequence[float], percents: Sequence[int]) -> dict[str, float]:
+    return {str(p): float(np.quantile(values, p / 100)) for p in percents}
+
+
+def _most_exposed(rows: Sequence[Row]) -> dict[str, Any]:
+    """The victim with the highest PSNR: the worst case of a privacy audit."""
+    worst = max(rows, key=lambda r: r["psnr"])
+    return {"psnr": worst["psnr"], "trial": worst.get("trial", 0), "image": worst.get("image", 0)}
+
+
+def _kind(rows: Sequence[Row]) -> str | None:
+    """What an independent unit of these rows is, in one word."""
+    if not rows:
+        return None
+    if "unit" in rows[0]:
+        return str(rows[0]["unit"]).split(" ")[0]
+    return next((name for name in ("client", "trial") if name in rows[0]), "image")
+
+
+def _distribution(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
     values = [r[key] for r in rows]
     if not values or None in values:
         return None
@@ -103,8 +184,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _complete_mean(rows: Sequence[Row], key: str) -> float | None:
-    values = [r[key] for r in rows]
-    return None if None in values else _mean(values)
+    values = [r.get(key) for r in rows]
+    return None if None in values else _mean([v for v in values if v is not None])
 
 
 def _optional_mean(entries: Sequence[Row], key: str) -> dict[str, float]:

@@ -60,6 +60,9 @@ class Source(Protocol):
     num_examples: int
     rounds: int  # of training that `Session.on_round` hears of
 
+    def victims(self, seed: int) -> Tensor:
+        """Indices of the private examples that some client may send: no candidates for identification."""
+
     def trials(self, session: Session) -> Iterator[Trial]:
         """The trials in order, the same for equal seeds."""
 
@@ -79,11 +82,14 @@ class GradientSource:
     def num_examples(self) -> int:
         return self.recipe.batch_size
 
+    def victims(self, seed: int) -> Tensor:
+        """The private examples of all batches, in order."""
+        order = torch.randperm(len(self.private), generator=stream(seed, "data"))
+        return order[: self.recipe.batch_size * self.count]
+
     def trials(self, session: Session) -> Iterator[Trial]:
         session.broadcast(self.recipe)
-        n = self.recipe.batch_size
-        order = torch.randperm(len(self.private), generator=stream(session.seed, "data"))
-        for index, chosen in enumerate(order[: n * self.count].split(n)):
+        for index, chosen in enumerate(self.victims(session.seed).split(self.recipe.batch_size)):
             truth = self.private.take(chosen).to(session.device)
             rng = stream(session.seed, "client", index)
             update = gradient(session.model, truth, session.task, self.recipe, rng)
@@ -163,6 +169,10 @@ class FedAvgSource:
     @property
     def num_examples(self) -> int:
         return max(map(len, self.parts))
+
+    def victims(self, seed: int) -> Tensor:
+        """The private examples of all clients, attacked or not."""
+        return torch.cat(list(self.parts))
 
     def trials(self, session: Session) -> Iterator[Trial]:
         attacked, index = Counter[int](), 0

@@ -138,7 +138,7 @@ def _flat(summary: Summary) -> dict[str, Any]:
         if key == "status":  # updates by status: a status that did not occur has none
             flat |= {f"status_{name}": value.get(name, 0) for name in ("ok", "diverged")}
         elif isinstance(value, Mapping):
-            flat |= {f"{key}_{name}": part for name, part in value.items()}
+            flat |= {f"{key}_{name}": part for name, part in _flat(value).items()}
         elif isinstance(value, list):
             flat[key] = " ".join(map(str, value))
         elif value is not None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.summary import RECOVERED_PSNR
+from evaluation.verdict import identifies, outcome
 
 Summary = Mapping[str, Any]
-Gain = Mapping[str, float]  # mean, and the limits low and high of its 95% interval
+Gain = Mapping[str, Any]  # mean, and the limits low and high of its 95% interval
 
 WIDTH = 80  # characters of a terminal
-FEW_UPDATES = 5  # below as many, an interval says little
+ENOUGH_FOR_QUANTILES = 5  # images
 RECOVERED = f"recovered (PSNR >= {RECOVERED_PSNR:g} dB)"
 
 
@@ -23,14 +24,26 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def mean_std(values: Mapping[str, float] | None, digits: int = 2) -> str:
-    """mean ± standard deviation of an entry of a summary."""
-    return "-" if values is None else f"{values['mean']:.{digits}f} ± {values['std']:.{digits}f}"
+def mean_std(values: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """mean ± standard deviation of an entry of a summary, with the interval of the mean if it has one."""
+    if values is None:
+        return "-"
+    text = f"{values['mean']:.{digits}f} ± {values['std']:.{digits}f}"
+    known = values.get("low") is not None
+    return f"{text} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]" if known else text
 
 
 def interval(gain: Gain | None) -> str:
-    """mean [low, high] of a paired difference, with its 95% interval."""
-    return "-" if gain is None else f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+    """mean [low, high] of a paired difference, with its 95% interval; the mean alone for a single unit."""
+    if gain is None:
+        return "-"
+    mean, low, high = (None if gain[key] is None else round(gain[key], 2) + 0.0 for key in ("mean", "low", "high"))
+    return f"{mean:+.2f}" if low is None else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def share(found: Mapping[str, Any] | None) -> str:
+    """share [low, high], with its 95% interval."""
+    return "-" if found is None else f"{found['share']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -68,7 +81,14 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("images", "images", lambda s: str(s["images"]), "number of true images that were scored", always=True),
+    Entry(
+        "images",
+        "images",
+        lambda s: f"{s['images']} ({_plural(s['units'], s['unit'])})" if s.get("units") else str(s["images"]),
+        "number of true images that were scored, and of independent units for the intervals: photographs, clients or "
+        "trials",
+        always=True,
+    ),
     Entry(
         "PSNR (dB)",
         "psnr",
@@ -81,6 +101,20 @@ ENTRIES = (
         "psnr",
         lambda s: number(s["psnr"]["median"]),
         "PSNR that half of the images reach",
+        compared=False,
+    ),
+    Entry(
+        "5, 25, 75, 95% below (dB)",
+        "psnr_quantiles",
+        lambda s: ", ".join(number(s["psnr_quantiles"][p], 1) for p in ("5", "25", "75", "95")),
+        "quantiles of PSNR over images; left out for fewer than five images",
+        compared=False,
+    ),
+    Entry(
+        "most exposed image (dB)",
+        "most_exposed",
+        lambda s: "{psnr:.2f} (trial {trial}, image {image})".format(**s["most_exposed"]),
+        "PSNR of the image that was reconstructed best: the worst case for a victim",
         compared=False,
     ),
     Entry(
@@ -98,9 +132,26 @@ ENTRIES = (
     Entry(
         RECOVERED,
         "success_rate",
-        lambda s: number(s["success_rate"]),
+        lambda s: (
+            share(s["recovered"][key])
+            if (key := f"{RECOVERED_PSNR:g}") in s.get("recovered", {})
+            else number(s["success_rate"])
+        ),
         f"share of images whose own reconstruction reaches {RECOVERED_PSNR:g} dB",
         always=True,
+    ),
+    Entry(
+        "at other thresholds",
+        "recovered",
+        lambda s: ", ".join(f"{number(s['recovered'][t]['share'])} ({t} dB)" for t in _others(s)),
+        "share of images whose own reconstruction reaches other PSNRs (`thresholds`)",
+        compared=False,
+    ),
+    Entry(
+        "identified",
+        "identified",
+        lambda s: share(s["identified"]) + (f", chance {s['identified']['chance']:.3f}"),
+        "share of images that are nearer to their reconstruction than all candidates of their class, which nobody sent",
     ),
     Entry(
         "recoverable (oracle)",
@@ -117,8 +168,25 @@ ENTRIES = (
     Entry(
         "labels right",
         "label_accuracy",
-        lambda s: number(s["label_accuracy"]),
+        lambda s: share(s["labels"]) if s.get("labels") else number(s["label_accuracy"]),
         "share of true labels that the attack predicted; left out if it predicts none",
+    ),
+    Entry(
+        "null (dB)",
+        "null",
+        lambda s: (
+            f"{number(s['null']['psnr']['mean'])}, 95% below {number(s['null']['psnr']['p95'])}, "
+            f"{number(s['null']['recovered'])} recovered"
+        ),
+        "PSNR of the same reconstructions for other images of the same labels, paired by the same rule, and the share "
+        "of these images that would count as recovered",
+        compared=False,
+    ),
+    Entry(
+        "above null (dB)",
+        "over_null",
+        lambda s: interval(s["over_null"]),
+        "PSNR minus the null, image by image: mean [95% interval]",
     ),
     Entry(
         "mean image (dB)",
@@ -131,14 +199,15 @@ ENTRIES = (
         "class mean (dB)",
         "class_baseline_psnr",
         lambda s: number(s["class_baseline_psnr"]),
-        "baseline: PSNR of the mean public image of the true class, worth what a leaked label is worth",
+        "baseline: PSNR of the mean public images of the true classes, paired as reconstructions are: what the labels "
+        "are worth",
         always=True,
     ),
     Entry(
         "above class mean (dB)",
         "over_class_mean",
         lambda s: interval(s["over_class_mean"]),
-        "PSNR minus that of the class mean, image by image: mean [95% interval over updates, or clients]",
+        "PSNR minus that of the class mean, image by image: mean [95% interval]",
     ),
     Entry(
         "comparison attack (dB)",
@@ -226,6 +295,7 @@ ENTRIES = (
 METRIC_HELP: dict[str, str] = {
     **{entry.label: f"{entry.help} (`{entry.key}` in summary.json)" for entry in ENTRIES},
     "±": "standard deviation over images",
+    "[low, high]": "95% interval over independent units (`units` and `unit` in summary.json)",
     "oracle": "a number that needs the true images, so that no attacker could compute it, or a fact about them",
 }
 
@@ -243,9 +313,18 @@ def cell(summary: Summary, entry: Entry) -> str:
 def _has(summary: Summary, entry: Entry) -> bool:
     if entry.key == "missed":  # worth a row only if there are any
         return bool(summary.get("missed"))
+    if entry.key == "psnr_quantiles" and summary["images"] < ENOUGH_FOR_QUANTILES:
+        return False
+    if entry.key == "recovered":
+        return bool(_others(summary))
     if entry.key == "recovered_psnr":  # the median of everything says the same where attacks are not all or nothing
         return summary.get("recovered_psnr") is not None and "ceiling" in summary
     return summary.get(entry.key) not in (None, [])
+
+
+def _others(summary: Summary) -> list[str]:
+    """The thresholds other than that of `success_rate`."""
+    return [t for t in summary.get("recovered") or {} if t != f"{RECOVERED_PSNR:g}"]
 
 
 def one_run(summary: Summary) -> str:
@@ -255,38 +334,43 @@ def one_run(summary: Summary) -> str:
     shown = entries_of([summary])
     rows = [[entry.label, cell(summary, entry)] for entry in shown]
     sentence = textwrap.fill(verdict(summary), WIDTH, break_on_hyphens=False)
-    return f"{head}\n{table(['metric', 'value (± standard deviation over images)'], rows)}\n{sentence}"
+    return f"{head}\n{table(['metric', 'value ± SD over images [95% interval]'], rows)}\n{sentence}"
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence: what this attack revealed beyond the label, and how sure that is."""
-    images, updates = summary["images"], sum(summary["status"].values())
+    """One sentence: whether the update leaks, and the numbers that say so."""
+    images = summary["images"]
     if not images:
         return "Nothing was scored, because the true images are unknown."
-    if summary["attack"] == "baseline":
-        return "No attack ran: every image was scored with the mean public image."
+    found = outcome(summary)
     count = round(summary["success_rate"] * images)
-    start = f"{count} of {_plural(images, 'image')} recovered (PSNR >= {RECOVERED_PSNR:g} dB)"
-    return f"{start}; {_gain_in_words(summary, updates, count)}{_comparison_in_words(summary)}."
-
-
-def _gain_in_words(summary: Summary, updates: int, recovered: int) -> str:
-    """How PSNR compares with the mean image of the class."""
-    if summary["class_baseline_psnr"] is None:
-        return "there are no public images to compare with"
-    than = "the mean public image of the true class"
-    difference = summary["psnr"]["mean"] - summary["class_baseline_psnr"]
-    gain = summary["over_class_mean"]
-    figures = f"PSNR is {abs(difference):.2f} dB {'above' if difference >= 0 else 'below'} that of {than}"
-    if gain is not None and gain["low"] > 0:
-        return f"more leaked than the label: {figures} {_limits(gain)}"
-    if updates < FEW_UPDATES or gain is None:
-        return f"{figures}, with too few updates ({updates}) for a reliable interval"
-    if gain["high"] < 0 and not recovered:
-        return f"this attack revealed no more than the label: {figures} {_limits(gain)}"
-    if gain["mean"] <= 0 and not recovered:
-        return f"this attack was not shown to reveal more than the label: {figures} {_limits(gain)}"
-    return f"undecided whether more leaked than the label: {figures} {_limits(gain)}"
+    parts = [f"{count} of {_plural(images, 'image')} recovered (PSNR >= {RECOVERED_PSNR:g} dB)"]
+    identified = summary.get("identified")
+    if identified is not None:
+        hits = round(identified["share"] * images)
+        others = "its class" if identified["by_class"] else "all classes"
+        sure = f", p = {identified['p_value']:.1g}" if identifies(summary) else ""
+        parts.append(
+            f"{hits} identified among {identified['candidates']} candidates of {others} "
+            f"(chance {identified['chance']:.3f}{sure})"
+        )
+    compared = [
+        f"PSNR {interval(gain)} dB over {baseline}"
+        for gain, baseline in (
+            (summary.get("over_null"), "the null"),
+            (summary.get("over_class_mean"), "the means of the true classes"),
+        )
+        if gain is not None
+    ]
+    if summary["attack"] == "baseline":
+        start = "No attack ran, and every image was scored with a mean public image"
+    elif found is None:
+        start = "Nothing to compare with: there are no public images and no candidates"
+    else:
+        start = found[0].upper() + found[1:]
+        if found == "too few updates to tell":
+            start += f" ({_plural(summary['units'], summary['unit'])})"
+    return f"{start}: {'; '.join([*parts, *compared])}{_comparison_in_words(summary)}."
 
 
 def _comparison_in_words(summary: Summary) -> str:

@@ -47,6 +47,9 @@ class Common:
         0, "CPU threads of a trial; 0: one, or all cores for a single trial of a large network", ge=0, lt=1025
     )
     out: Path = hp(ROOT / "results", "folder of the results")
+    thresholds: tuple[float, ...] = hp(
+        (20, 30, 60), "PSNRs in dB, for each of which the share of recovered images is reported"
+    )
     grant: Literal["none", "labels"] = hp("none", "oracle fact handed to the attack and named in every row")
     paper: bool = hp(False, "the authors' hyperparameters instead of ours")
     force: bool = hp(False, "a new run even if this very run is finished")

@@ -11,11 +11,14 @@ import torch
 
 from attacks.base import ATTACKS
 from core.errors import UsageError
+from data import Split
 from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
+from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
 from evaluation.metrics import Lpips
 from evaluation.summary import summarize
+from evaluation.verdict import outcome
 from federated.simulation import Session, Trial
 from report import figures, tables
 from report.compare import write_comparison
@@ -75,7 +78,9 @@ class _Run:
 
     def __init__(self, experiment: Experiment, store: Store) -> None:
         self.experiment, self.store = experiment, store
-        self.context = ScoringContext(experiment.task, Baselines(experiment.public), {"lpips": _lpips()})
+        self.context = ScoringContext(
+            experiment.task, Baselines(experiment.public), {"lpips": _lpips()}, _candidates(experiment)
+        )
         self.rounds: list[dict[str, Any]] = []
         self.trials_done = 0
         self.psnrs = [row["psnr"] for row in store.rows()]
@@ -167,11 +172,14 @@ class _Run:
             projection=search_space_bound(experiment.attack, task, experiment.public_on_device, truth),
             recoverable=recoverable,
             unrelated=unrelated,
+            trial=job.index,
         )
         common = {"seconds": result.seconds, **trial.origin}
         rows = [{"trial": job.index, **row, **common, "oracle": experiment.oracle} for row in score.rows]
         for row, name in zip(rows, trial.names or (), strict=False):
             row["file"] = name
+        if experiment.flags.dataset == "photos" and len(rows) == 1:  # crops of one photograph are not independent
+            rows[0]["unit"] = f"photograph {experiment.dataset.class_names[rows[0]['label_true']]}"
         record = {"trial": job.index, **score.record, **common}
         self.store.add_trial(rows, record, truth.examples.cpu(), score.rebuilt)
         self.psnrs += [row["psnr"] for row in rows]
@@ -185,13 +193,14 @@ class _Run:
             "attack": experiment.command.attack_name,
             "dataset": experiment.flags.dataset,
             "model": experiment.flags.model,
-            **summarize(rows, trials),
+            **summarize(rows, trials, experiment.flags.thresholds),
             "oracle": experiment.oracle,
             "notes": list(experiment.dataset.notes),
         }
         comparison = experiment.attack.comparison_attack(experiment.source.kind)
         if comparison is not None:
             summary["companion"] = comparison.name
+        summary["verdict"] = outcome(summary)
         if self.rounds:
             losses = [record["loss"] for record in self.rounds]
             summary["accuracy"] = self.rounds[-1]["accuracy"]
@@ -201,6 +210,27 @@ class _Run:
         figures.grid(store.folder / "grid.png", *store.images(), rows, experiment.task.domain, names)
         store.finish(summary)
         return summary
+
+
+def _candidates(experiment: Experiment) -> Candidates:
+    """Private examples that no client sends; held-out and then public ones where a class has too few of them."""
+    dataset, source = experiment.dataset, experiment.source
+    unsent = torch.ones(len(dataset.private), dtype=torch.bool)
+    unsent[source.victims(experiment.seed)] = False
+    pools = []
+    for split, chosen in (
+        (dataset.private, unsent.nonzero().flatten()),
+        (dataset.test, torch.arange(len(dataset.test))),
+        (dataset.public, torch.arange(len(dataset.public))),
+    ):
+        take = functools.partial(_take, split, chosen)
+        pools.append(Pool(split.labels[chosen], take))
+    return Candidates(pools, experiment.seed)
+
+
+def _take(split: Split, chosen: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The examples at `indices` of those at `chosen`."""
+    return split.take(chosen[indices]).examples
 
 
 @functools.cache

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from attacks import ATTACKS
 from core.protocol import Batch, Recipe, Reconstruction, image_task
 from evaluation.baselines import Baselines
 from evaluation.bounds import oracle_projection, recoverable_mask, search_space_bound
+from evaluation.candidates import CANDIDATES, Candidates, Pool
 from evaluation.evaluator import ScoringContext, TrialScore, false_positive_rate, score_trial
+from evaluation.intervals import chance_p_value, mean_interval, share_interval
 from evaluation.metrics import METRICS, Lpips, compare, metrics_of, mse, psnr, ssim
 from evaluation.pairing import correlations, pair
-from evaluation.summary import is_recovered, summarize, thin
+from evaluation.summary import is_recovered, summarize, thin, unit_of
+from evaluation.verdict import outcome
 from utils.network import check_reachable, is_reachable
 
 TASK = image_task((3, 16, 16), 5)
@@ -109,10 +114,10 @@ def test_labels_count_as_a_multiset(true: list[int], predicted: list[int], right
 
 def test_class_baseline_falls_back_to_the_mean_image() -> None:
     """A class without a public image is worth no more than no label."""
-    truth = Batch(pictures(2), torch.tensor([4, 0]))
-    rows, _, _ = score(truth, Reconstruction(truth.examples))
-    assert rows[0]["class_baseline_psnr"] == rows[0]["baseline_psnr"]
-    assert rows[1]["class_baseline_psnr"] != rows[1]["baseline_psnr"]
+    for label, same in ((4, True), (0, False)):
+        truth = Batch(pictures(1), torch.tensor([label]))
+        ((row,), _, _) = score(truth, Reconstruction(truth.examples))
+        assert (row["class_baseline_psnr"] == row["baseline_psnr"]) == same
 
 
 def test_diverged_trials_are_counted() -> None:
@@ -416,3 +421,178 @@ def test_gias_stays_below_its_own_bound_which_lies_above_the_projection() -> Non
         assert bound >= reached
         assert bound >= projection
     assert all(torch.equal(a, b) for a, b in zip(generator.parameters(), weights, strict=True)), "G itself was moved"
+
+
+# --- nulls, identification, intervals ---
+
+
+def pool(examples: torch.Tensor, labels: torch.Tensor) -> Pool:
+    return Pool(labels, lambda indices: examples[indices])
+
+
+def world(n: int, seed: int) -> Batch:
+    """Examples of four classes; those of a class share a picture, as crops of a photograph share colours."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (n,), generator=rng)
+    return Batch(0.6 * pictures(4, seed=99)[labels] + 0.4 * torch.rand(n, 3, 16, 16, generator=rng), labels)
+
+
+PUBLIC, SPARE = world(200, seed=1), world(1200, seed=2)
+
+
+def attacked(toy: Callable[[Batch, int], Reconstruction], n: int, trials: int) -> dict[str, Any]:
+    """The summary of a toy attack, a function of the true batch and the number of the trial."""
+    candidates = Candidates([pool(SPARE.examples, SPARE.labels)], seed=0)
+    context = ScoringContext(image_task((3, 16, 16), 4), Baselines(PUBLIC), {}, candidates)
+    rows: list[dict[str, Any]] = []
+    records = []
+    for trial in range(trials):
+        truth = world(n, seed=100 + trial)
+        score = score_trial(truth, toy(truth, trial), context, trial=trial)
+        rows += [{"trial": trial, **row} for row in score.rows]
+        records.append({"seconds": 0.0, **score.record})
+    return {"attack": "toy", **summarize(rows, records)}
+
+
+def class_means(truth: Batch, trial: int) -> Reconstruction:
+    """The mean of each granted class."""
+    means = [PUBLIC.examples[PUBLIC.labels == label].mean(0) for label in truth.labels]
+    return Reconstruction(torch.stack(means), truth.labels)
+
+
+def mean_images(truth: Batch, trial: int) -> Reconstruction:
+    return Reconstruction(PUBLIC.examples.mean(0).expand_as(truth.examples))
+
+
+def random_examples(truth: Batch, trial: int) -> Reconstruction:
+    """Public examples that have nothing to do with the update."""
+    return Reconstruction(PUBLIC.examples[torch.randperm(200, generator=torch.Generator().manual_seed(trial))])
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 64])
+@pytest.mark.parametrize("toy", [class_means, mean_images, random_examples])
+def test_an_attack_that_never_looks_at_the_update_comes_out_at_zero(
+    toy: Callable[[Batch, int], Reconstruction], n: int
+) -> None:
+    """A 95% interval misses zero once in twenty times, one twice as wide hardly ever."""
+    summary = attacked(toy, n, trials=6)
+    gain, found = summary["over_null"], summary["identified"]
+    assert abs(gain["mean"]) <= gain["high"] - gain["low"] + 1e-6, gain
+    assert abs(gain["mean"]) < 0.3
+    assert found["low"] <= found["chance"] <= found["high"], found
+    assert outcome(summary) == "no leak found by this attack"
+    if toy is class_means:
+        assert summary["over_class_mean"]["mean"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("trials", [1, 2, 5])
+def test_a_perfect_reconstruction_leaks_however_few_the_updates(trials: int) -> None:
+    summary = attacked(lambda truth, trial: Reconstruction(truth.examples.flip(0)), 4, trials)
+    assert summary["identified"]["share"] == summary["recovered"]["60"]["share"] == 1
+    assert summary["psnr"]["high"] in (None, 100)
+    assert outcome(summary) == "leaks"
+
+
+def test_a_weak_reconstruction_leaks_though_it_is_worse_than_the_class_mean() -> None:
+    def weak(truth: Batch, trial: int) -> Reconstruction:
+        noise = torch.rand(truth.examples.shape, generator=torch.Generator().manual_seed(trial))
+        return Reconstruction(0.5 * truth.examples + 0.5 * noise)
+
+    summary = attacked(weak, 4, trials=6)
+    assert summary["over_class_mean"]["mean"] < 0
+    assert outcome(summary) == "leaks"
+
+
+def test_class_means_are_paired_as_reconstructions_are() -> None:
+    truth = Batch(torch.stack([torch.full((3, 16, 16), v) for v in (0.1, 0.9)]), torch.tensor([0, 1]))
+    public = Batch(torch.stack([torch.full((3, 16, 16), v) for v in (0.8, 0.2)]), torch.tensor([0, 1]))
+    rows = score_trial(truth, Reconstruction(public.examples), ScoringContext(TASK, Baselines(public))).rows
+    assert [r["class_baseline_psnr"] for r in rows] == pytest.approx([20, 20], abs=1e-4)
+    assert [r["class_baseline_psnr"] for r in rows] == [r["psnr"] for r in rows]
+
+
+def test_a_missed_victim_is_not_identified_and_has_no_rank() -> None:
+    summary = attacked(lambda truth, trial: Reconstruction(truth.examples[:1]), 2, trials=2)
+    assert summary["identified"]["share"] == 0.5
+    assert summary["missed"] == 2
+
+
+def test_the_rank_counts_candidates_that_are_at_least_as_near() -> None:
+    truth = Batch(torch.full((1, 3, 16, 16), 0.5), torch.tensor([0]))
+    near, far = torch.full((3, 3, 16, 16), 0.41), torch.ones(117, 3, 16, 16)
+    candidates = Candidates([pool(torch.cat([near, far]), torch.zeros(120).long())], seed=0)
+    context = ScoringContext(TASK, Baselines(None), {}, candidates)
+    (row,) = score_trial(truth, Reconstruction(torch.full((1, 3, 16, 16), 0.4)), context).rows
+    assert (row["identified"], row["rank"], row["candidates_n"], row["candidates_class"]) == (False, 4, 121, True)
+    (row,) = score_trial(truth, Reconstruction(truth.examples), context).rows
+    assert (row["identified"], row["rank"]) == (True, 1)
+
+
+def test_candidates_prefer_the_first_pool_and_their_own_class() -> None:
+    private, held_out = (torch.full((k, 3, 4, 4), v) for k, v in ((1500, 0.2), (300, 0.7)))
+    labels = torch.cat([torch.zeros(1400), torch.ones(60), torch.full((40,), 2.0)]).long()
+    pools = [pool(private, labels), pool(held_out, torch.arange(300) % 3 // 2)]  # class 0: 200, class 1: 100
+    candidates = Candidates(pools, seed=0)
+    examples, same = candidates.of(0)
+    assert (len(examples), same) == (CANDIDATES - 1, True)
+    assert (examples < 0.5).all(), "the first pool is enough"
+    examples, same = candidates.of(1)
+    assert (len(examples), same) == (160, True)
+    examples, same = candidates.of(2)
+    assert (len(examples), same) == (CANDIDATES - 1, False)
+    assert Candidates([], seed=0).of(0)[0].numel() == 0
+    sets, own = Candidates(pools, seed=0).draws(torch.tensor([0, 1, 1]), trial=3)
+    again, _ = Candidates(pools, seed=0).draws(torch.tensor([0, 1, 1]), trial=3)
+    assert own
+    assert all(torch.equal(a, b) for a, b in zip(sets, again, strict=True))
+
+
+def test_a_run_without_any_candidate_has_no_null() -> None:
+    context = ScoringContext(TASK, Baselines(None), {}, Candidates([], seed=0))
+    score = score_trial(Batch(pictures(1), torch.tensor([0])), Reconstruction(pictures(1)), context)
+    assert score.rows[0]["identified"] is score.rows[0]["null_psnr"] is None
+    summary = summarize(score.rows, [{"seconds": 1.0, **score.record}])
+    assert summary["identified"] is summary["null"] is summary["over_null"] is None
+
+
+def test_the_interval_of_a_mean_is_that_of_its_units() -> None:
+    found = mean_interval([1.0, 2.0, 3.0], "abc")
+    # Student's t at 97.5%, two degrees of freedom, from printed tables: 4.303
+    assert found["high"] - 2 == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert mean_interval([1.0, 1.0, 2.0, 2.0, 3.0, 3.0], "aabbcc") == pytest.approx(found)
+    assert mean_interval([1.0, 3.0], "aa") == {"mean": 2, "low": None, "high": None, "n": 1}
+
+
+def test_the_interval_of_a_share_is_exact_or_that_of_its_units() -> None:
+    """Clopper and Pearson, from printed tables: 8 of 10 -> [0.444, 0.975], 0 of 10 -> [0, 0.308]."""
+    alone = share_interval([True] * 8 + [False] * 2, range(10))
+    assert (alone["low"], alone["high"]) == pytest.approx((0.444, 0.975), abs=1e-3)
+    none = share_interval([False] * 10, range(10))
+    assert (none["low"], none["high"]) == pytest.approx((0, 0.308), abs=1e-3)
+    clustered = share_interval([True] * 8 + [False] * 2, [k // 2 for k in range(10)])
+    assert clustered["low"] < alone["low"]
+    assert share_interval([False] * 100, [k // 10 for k in range(100)])["high"] == pytest.approx(0.308, abs=1e-3)
+    balanced = share_interval([True, False] * 50, [k // 10 for k in range(100)])
+    assert balanced["high"] - balanced["low"] == pytest.approx(0.203, abs=2e-3)  # 50 of 100
+
+
+def test_the_p_value_of_chance_is_exact_or_holds_for_any_dependence() -> None:
+    assert chance_p_value([True], "a", 1e-3) == pytest.approx(1e-3)
+    assert chance_p_value([True, False], "ab", 0.1) == pytest.approx(0.19)
+    assert chance_p_value([False], "a", 1e-3) == 1
+    assert chance_p_value([True] * 64, [0] * 64, 1e-3) == pytest.approx(1e-3)  # 64 images of one update are one
+    assert chance_p_value([True, False], "aa", 0.5) == 1
+
+
+def test_the_unit_of_a_row() -> None:
+    assert unit_of({"trial": 1, "client": 2, "unit": "photograph x"}) == "photograph x"
+    assert unit_of({"trial": 1, "client": 2}) == 2
+    assert unit_of({"trial": 1}) == 1
+    assert unit_of({}, 5) != unit_of({}, 6)
+    row = {"match": 0, "ssim": None, "lpips": None, "label_ok": None, "baseline_psnr": 1, "class_baseline_psnr": 1}
+    rows = [row | {"trial": k, "psnr": 30.0 - k, "unit": f"photograph {k // 2}"} for k in range(4)]
+    summary = summarize(rows, [{"seconds": 1.0, "status": "ok"}], thresholds=(28.5, 60))
+    assert (summary["units"], summary["unit"]) == (2, "photograph")
+    assert summary["recovered"]["28.5"]["share"] == 0.5
+    assert summary["most_exposed"] == {"psnr": 30, "trial": 0, "image": 0}
+    assert summary["psnr_quantiles"]["50"] == 28.5

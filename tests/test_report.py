@@ -16,11 +16,13 @@ from core.domain import ImageDomain
 from core.errors import UsageError
 from core.protocol import Batch, Reconstruction, image_task
 from evaluation.baselines import Baselines
+from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
 from evaluation.summary import summarize
+from evaluation.verdict import outcome
 from report import figures, style
 from report.compare import Comparison, compare_folders, write_comparison
-from report.tables import ENTRIES, METRIC_HELP, RECOVERED, interval, mean_std, number, one_run, table, verdict
+from report.tables import ENTRIES, METRIC_HELP, RECOVERED, interval, mean_std, number, one_run, share, table, verdict
 from tests.conftest import ROOT
 
 
@@ -107,8 +109,10 @@ def full_summary() -> dict[str, Any]:
     """A summary with every entry there is."""
     task = image_task((3, 16, 16), 4)
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    others = torch.rand(400, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    candidates = Candidates([Pool(torch.arange(400) % 4, lambda indices: others[indices])], seed=0)
     context = ScoringContext(
-        task, Baselines(Batch(images, torch.arange(8) % 4)), {"lpips": lambda truth, guess: 0.12345}
+        task, Baselines(Batch(images, torch.arange(8) % 4)), {"lpips": lambda truth, guess: 0.12345}, candidates
     )
     rows: list[dict[str, Any]] = []
     records = []
@@ -148,29 +152,50 @@ def test_the_full_table_shows_every_entry() -> None:
 def test_unknown_values_are_left_out_of_the_table_of_a_run() -> None:
     text = one_run(scored([1.0, 2.0]))
     assert "SSIM" in text
-    assert not any(word in text for word in ("LPIPS", "granted", "oracle", "missed", "candidates"))
+    assert not any(word in text for word in ("LPIPS", "granted", "oracle", "missed", "candidates", "identified"))
 
 
-def test_the_sentence_says_what_is_known_and_how_sure_it_is() -> None:
-    assert "more leaked than the label" in verdict(scored([5.0, 6.0, 7.0, 5.5, 6.5]))
-    assert verdict(scored([5.0, 6.0, 7.0, 5.5, 6.5])).startswith("5 of 5 images recovered (PSNR >= 20 dB)")
-    assert "no more than the label" in verdict(scored([-3.0, -4.0, -3.5, -3.2, -3.1]))
-    assert "was not shown to reveal more" in verdict(scored([-3.0, 2.0, -3.5, 2.0, -3.1]))
-    assert "undecided" in verdict(scored([-3.0, 4.0, 3.5, -2.0, 1.0]))
-    assert "undecided" in verdict(scored([-13.0, 5.0, -13.5, 2.0, -3.1])), "a recovered image is no all-clear"
+def identified(share: float, count: int, p_value: float, by_class: bool = True) -> dict[str, Any]:
+    found = {"share": share, "low": 0.0, "high": 1.0, "n": count, "chance": 0.01, "p_value": p_value}
+    return {"identified": found | {"candidates": 100, "by_class": by_class}}
 
 
-@pytest.mark.parametrize("gains", [[28.0], [28.0, 5.0]])
-def test_few_updates_are_no_all_clear(gains: list[float]) -> None:
-    sentence = verdict(scored(gains))
-    assert f"too few updates ({len(gains)})" in sentence
-    assert f"{len(gains)} of {len(gains)} image" in sentence
-    assert "not shown" not in sentence
+def test_the_sentence_begins_with_one_of_three_verdicts() -> None:
+    assert verdict(scored([5.0, 6.0, 7.0, 5.5, 6.5])).startswith("Leaks: 5 of 5 images recovered (PSNR >= 20 dB)")
+    assert verdict(scored([-3.0, -4.0, -3.5, -3.2, -3.1])).startswith("No leak found by this attack")
+    assert verdict(scored([-3.0, 2.0, -3.5, 2.0, -3.1])).startswith("No leak found by this attack")
+    assert verdict(scored([0.2, -0.1, 0.1, 0.0, 0.1])).startswith("No leak found by this attack")
+    assert verdict(scored([8.0, -2.0])).startswith("Too few updates to tell (2 trials)")
+    assert verdict(scored([28.0])).startswith("Too few updates to tell (1 trial)")
+
+
+def test_one_identified_victim_is_a_leak_and_a_baseline_never_is() -> None:
+    """The gains of two updates may have an interval from -88 to +144 dB; that both victims are nearest decides."""
+    two = scored([48.0, 8.0], **identified(1.0, 2, 1e-4))
+    assert verdict(two).startswith("Leaks: 2 of 2 images")
+    assert "2 identified among 100 candidates of its class (chance 0.010, p = 0.0001)" in verdict(two)
+    assert verdict(scored([48.0], **identified(1.0, 1, 0.01))).startswith("Leaks")
+    assert verdict(scored([-4.0], **identified(0.0, 1, 1.0))).startswith("No leak found by this attack")
+    of_all_classes = scored([-4.0], **identified(1.0, 1, 0.01, by_class=False))
+    assert outcome(of_all_classes) == "leaks"
+    assert outcome(of_all_classes | {"oracle": ["labels"]}) == "no leak found by this attack"
+    assert outcome(scored([5.0, 6.0, 5.5], "baseline", **identified(1.0, 3, 1e-6))) == "no leak found by this attack"
+
+
+def test_the_gain_counts_over_the_null_where_its_labels_are_the_victims() -> None:
+    gain = {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 5}
+    null = {"psnr": {"mean": 12.0, "p95": 15.0}, "recovered": 0.0, "same_labels": True}
+    below_class_mean = scored([-3.0, -4.0, -3.5, -3.2, -3.1], over_null=gain, null=null)
+    assert outcome(below_class_mean) == "leaks"
+    assert outcome(below_class_mean | {"null": null | {"same_labels": False}}) == "no leak found by this attack"
+    assert outcome(below_class_mean | {"over_null": gain | {"low": 0.0}}) == "no leak found by this attack"
+    assert outcome(below_class_mean | {"over_null": gain | {"low": -1.0, "high": 5.0}}) == "too few updates to tell"
 
 
 def test_no_verdict_without_an_attack_or_without_truth() -> None:
     assert verdict(scored([-3.0] * 6, "baseline")).startswith("No attack ran")
     assert "true images are unknown" in verdict(scored([]))
+    assert outcome(scored([])) is None
     assert "true images are unknown" in one_run(scored([]))
 
 
@@ -185,7 +210,10 @@ def test_a_comparison_attack_is_named_with_its_interval() -> None:
 def test_cells() -> None:
     assert number(None) == mean_std(None) == interval(None) == "-"
     assert mean_std({"mean": 1, "std": 0.5}) == "1.00 ± 0.50"
+    assert mean_std({"mean": 1, "std": 0.5, "low": 0, "high": 2}) == "1.00 ± 0.50 [0.00, 2.00]"
     assert interval({"mean": 1, "low": -1, "high": 3}) == "+1.00 [-1.00, +3.00]"
+    assert interval({"mean": -1e-9, "low": None, "high": None}) == "+0.00"
+    assert share({"share": 0.5, "low": 0.25, "high": 0.75}) == "0.50 [0.25, 0.75]"
     assert len({len(line) for line in table(["a", "bcd"], [["123", "4"], ["5", "6"]]).splitlines()}) == 1
 
 
@@ -195,13 +223,14 @@ def test_a_csv_holds_numbers_and_empty_cells(tmp_path: Path) -> None:
     assert text + "\n" == (tmp_path / "table.md").read_text()
     assert (tmp_path / "plot.png").exists()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
-    words = {"attack", "mode", "dataset", "model", "companion", "oracle"}
+    words = {"attack", "mode", "dataset", "model", "companion", "oracle", "unit"}
     for row, run in zip(rows, runs, strict=True):
         for key, value in row.items():
             assert key in words or value == "" or float(value) is not None
         assert float(row["psnr_mean"]) == run["psnr"]["mean"]
         assert float(row["psnr_std"]) == run["psnr"]["std"]
         assert row["attack"] == run["attack"]
+    assert float(rows[1]["null_psnr_mean"]) == runs[1]["null"]["psnr"]["mean"]
     assert rows[0]["lpips_mean"] == rows[0]["ceiling"] == rows[2]["over_class_mean_low"] == ""
     assert [row["status_diverged"] for row in rows] == ["0", "0", "0"]
 
