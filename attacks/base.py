@@ -18,7 +18,9 @@ from core.protocol import Batch, Kind, Observation, Recipe, Reconstruction, Task
 from core.registry import Registry
 from models.inspection import require
 
+Fact = Literal["num_examples", "recipe", "defense", "public"]
 Threat = Literal["honest-but-curious", "malicious-parameters", "malicious-architecture"]
+MatchingDistance = Callable[[Tensor, Tensor], Tensor]  # examples (N, *shape), labels (N,) -> ()
 A = TypeVar("A", bound="type[Attack]")
 
 ATTACKS: Registry[type["Attack"]] = Registry("attack", package="attacks")
@@ -28,7 +30,8 @@ class Attack(ABC):
     """What a server does with an update it received.
 
     threat: what the server is assumed to do. requires: names of `models.inspection.REQUIREMENTS`, and "public" for
-    public examples. paper: field name -> (the authors' value, its source), where it differs from our default.
+    public examples. uses: what the attack reads of an observation besides task, model and update; what is missing there
+    changes no result. paper: field name -> (the authors' value, its source), where it differs from our default.
     """
 
     name: ClassVar[str]  # set by `register`
@@ -36,6 +39,8 @@ class Attack(ABC):
     link: ClassVar[str] = ""
     threat: ClassVar[Threat]
     requires: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[Fact]] = frozenset({"num_examples", "recipe", "defense"})
+    infers_labels: ClassVar[bool] = False  # from the update; of several examples with the help of public ones
     paper: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     supports_adam: ClassVar[bool] = False  # applies to updates of clients that train with Adam
     returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
@@ -48,6 +53,11 @@ class Attack(ABC):
     def requirements(self) -> frozenset[str]:
         """What this instance requires: `requires`, unless hyperparameters change it."""
         return self.requires
+
+    def knowledge(self, num_examples: int, labels_granted: bool = False) -> frozenset[Fact]:
+        """What the attack reads of an update of `num_examples` examples: `uses` and, where it needs them, "public"."""
+        infers = self.infers_labels and num_examples > 1 and not labels_granted
+        return self.uses | ({"public"} if infers or "public" in self.requirements() else set())
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         """Raise UsageError if the attack does not apply. Called before anything runs."""
@@ -76,6 +86,14 @@ class Attack(ABC):
 
     def comparison_attack(self, kind: str) -> "Attack | None":
         """Another attack, run on the same updates, whose score is reported beside this one's."""
+        return None
+
+    def matching_objective(self, observation: Observation) -> MatchingDistance | None:
+        """How well examples explain the update, for the attack's own distance; None if it matches no update.
+
+        The value is 0 where examples (N, *shape) and labels (N,) cause exactly this update, and about 1 where they
+        explain nothing of it. Regularisers are left out. None also for a defence with unknowns of its own.
+        """
         return None
 
     @abstractmethod

@@ -17,6 +17,7 @@ class Baseline(Attack):
 
     citation = "no attack: the mean public image"
     threat = "honest-but-curious"
+    uses = frozenset({"num_examples"})
     requires = frozenset({"public"})
     supports_adam = True
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.base import register
+from attacks.base import MatchingDistance, register
 from attacks.labels.inference import infer_labels
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import best_of, to_reconstruction
@@ -41,18 +41,36 @@ class DLF(SignedInversion):
     features: int = hp(96, "channels of the prior's random 3x3 convolution", ge=1, source="flax_losses.py")
     layer_decay: float = hp(0.0, "decay d of the distance's layer weights e^(-d l)", ge=0)
 
+    def matching_objective(self, observation: Observation) -> MatchingDistance | None:
+        """The weighted distance for the same images in every epoch, which the order prior leaves alone."""
+        objective = self._objective(self._matcher(observation, fast_convs=False), torch.Generator())
+        if objective.variables:
+            return None
+        epochs = objective.epochs
+        return lambda examples, labels: objective.distance(
+            examples.repeat(epochs, *[1] * (examples.ndim - 1)), labels.repeat(epochs)
+        )
+
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        n, recipe, shape = observation.update.num_examples, observation.recipe, observation.task.domain.shape
-        epochs = 1 if observation.update.kind == "gradient" else recipe.local_epochs
+        n, shape = observation.update.num_examples, observation.task.domain.shape
+        matcher = self._matcher(observation)
+        labels = infer_labels(matcher.mean_gradient, observation, rng)
+        objective = self._objective(matcher, rng)
+        runs = self.descend(objective, labels, rng, copies=objective.epochs)
+        return to_reconstruction(runs, consensus(best_of(runs).examples.view(objective.epochs, n, *shape)))
+
+    def _matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:
+        n, recipe = observation.update.num_examples, observation.recipe
         per_epoch = recipe.steps(n) // recipe.local_epochs
         batches = [batch + n * (step // per_epoch) for step, batch in enumerate(recipe.batches(n))]
-        matcher = GradientMatcher(observation, "unrolled", batches, fast_convs=True, precision=self.precision)
-        labels = infer_labels(matcher.mean_gradient, observation, rng)
-        kernel = torch.randn(self.features, shape[0], 3, 3, generator=rng).to(matcher.target[0])
+        return GradientMatcher(observation, "unrolled", batches, fast_convs=fast_convs, precision=self.precision)
+
+    def _objective(self, matcher: GradientMatcher, rng: torch.Generator) -> "EpochObjective":
+        epochs = 1 if matcher.is_gradient else matcher.recipe.local_epochs
+        channels = matcher.task.domain.shape[0]
+        kernel = torch.randn(self.features, channels, 3, 3, generator=rng).to(matcher.target[0])
         kernel /= kernel[0].numel() ** 0.5
-        objective = EpochObjective(matcher, kernel, epochs, self.order_prior, self.layer_decay)
-        runs = self.descend(objective, labels, rng, copies=epochs)
-        return to_reconstruction(runs, consensus(best_of(runs).examples.view(epochs, n, *shape)))
+        return EpochObjective(matcher, kernel, epochs, self.order_prior, self.layer_decay)
 
 
 class EpochObjective(MatchingObjective):

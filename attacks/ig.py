@@ -12,7 +12,7 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from attacks.base import register
+from attacks.base import MatchingDistance, register
 from attacks.labels.inference import infer_labels
 from attacks.matching.matcher import GradientMatcher, note_adam
 from attacks.matching.runs import to_reconstruction
@@ -27,8 +27,12 @@ class CosineInversion(SignedInversion):
     link = "https://arxiv.org/abs/2003.14053"
 
     @abstractmethod
-    def matcher(self, observation: Observation) -> GradientMatcher:
+    def matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:
         """The observed update, and how a client's examples would have caused it."""
+
+    def matching_objective(self, observation: Observation) -> MatchingDistance | None:
+        matcher = self.matcher(observation, fast_convs=False)
+        return None if matcher.counter.variables else matcher.cosine_distance
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         matcher = self.matcher(observation)
@@ -44,8 +48,8 @@ class IGSingle(CosineInversion):
         super().check(model, task, recipe, kind, num_examples)
         note_adam(recipe, kind)
 
-    def matcher(self, observation: Observation) -> GradientMatcher:
-        return GradientMatcher(observation, "single_step", fast_convs=True, precision=self.precision)
+    def matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:
+        return GradientMatcher(observation, "single_step", fast_convs=fast_convs, precision=self.precision)
 
 
 @register("ig_weight")
@@ -54,10 +58,10 @@ class IGWeight(CosineInversion):
 
     paper = {"iterations": (8000, "authors' notebook"), "tv": (1e-6, "authors' notebook")}
 
-    def matcher(self, observation: Observation) -> GradientMatcher:
+    def matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:
         everyone = torch.arange(observation.update.num_examples)
         batches = [everyone] * observation.recipe.steps(len(everyone))
-        return GradientMatcher(observation, "unrolled", batches, fast_convs=True, precision=self.precision)
+        return GradientMatcher(observation, "unrolled", batches, fast_convs=fast_convs, precision=self.precision)
 
 
 @register("ig_multi")
@@ -70,5 +74,5 @@ class IGMulti(CosineInversion):
         "lr": (1.0, "authors' notebook"),
     }
 
-    def matcher(self, observation: Observation) -> GradientMatcher:
-        return GradientMatcher(observation, "unrolled", fast_convs=True, precision=self.precision)
+    def matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:
+        return GradientMatcher(observation, "unrolled", fast_convs=fast_convs, precision=self.precision)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attacks.base import register
+from attacks.base import MatchingDistance, register
 from attacks.labels.inference import infer_labels
 from attacks.matching.distances import TINY, cosine_distance, inner, inner_and_square
 from attacks.matching.matcher import GradientMatcher, note_adam
@@ -67,6 +67,11 @@ class SME(SignedInversion):
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
         note_adam(recipe, kind)
+
+    def matching_objective(self, observation: Observation) -> MatchingDistance | None:
+        """The cosine distance of the client's own local steps: the surrogate's, where it is exact."""
+        matcher = GradientMatcher(observation)
+        return None if matcher.counter.variables else matcher.cosine_distance
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         update = observation.update

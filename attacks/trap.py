@@ -25,6 +25,7 @@ class Trap(Attack):
     citation = "Boenisch et al.: When the Curious Abandon Honesty. EuroS&P 2023"
     link = "https://arxiv.org/abs/2112.02918"
     threat = "malicious-parameters"
+    uses = frozenset({"num_examples", "recipe"})
     requires = frozenset({"public", "pixel_layer", "pixel_layer_bias", "relu"})
     paper = {"weight_init": ("trap", "section 6"), "bias": ("zero", "section 6")}
     example_model = "fc2"

@@ -10,8 +10,8 @@ docs/metrics.md has the equations.
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +22,9 @@ from evaluation.baselines import Baselines
 from evaluation.candidates import Candidates
 from evaluation.identification import ranks
 from evaluation.metrics import Network, compare, psnr
+from evaluation.objective import Objectives, status_of
 from evaluation.pairing import correlations, has_right_sign, labels_right, pair
-from evaluation.summary import RECOVERED_PSNR, thin
+from evaluation.summary import RECOVERED_PSNR, is_recovered, thin
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def score_trial(
     comparison: Reconstruction | None = None,
     projection: Tensor | None = None,
     recoverable: Tensor | None = None,
+    found: Objectives | None = None,
     unrelated: Tensor | None = None,
     trial: int = 0,
 ) -> TrialScore:
@@ -76,6 +78,7 @@ def score_trial(
         comparison: the reconstruction of another attack from the same update. Its PSNR is reported.
         projection: (N, *shape), an oracle from `bounds.search_space_bound`. Its PSNR is reported.
         recoverable: (N,) bool, an oracle from `bounds.recoverable_mask`.
+        found: the attack's objective at its answer and at the truth, from `objective.objectives`.
         unrelated: (M, *shape), examples that no client holds, for the false-positive rate.
         trial: the number of the update, which seeds the draws of its null.
 
@@ -125,7 +128,8 @@ def score_trial(
     record: dict[str, Any] = {
         "iterations": rec.iterations,
         "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
-        "status": rec.status,
+        "objective": None if found is None else {k: _finite_or_none(v) for k, v in asdict(found).items()},
+        "status": status_of(rec, found, _determined_recovered(rows, recoverable)),
         "restarts": rec.restarts,
         "trace": thin(rec.trace),
     }
@@ -138,6 +142,20 @@ def score_trial(
     if unrelated is not None:
         record["control"] = false_positive_rate(unrelated, rec, context)
     return TrialScore(rows, rebuilt, record)
+
+
+def _determined_recovered(rows: Sequence[Mapping[str, Any]], recoverable: Tensor | None) -> bool:
+    """Whether all examples that the update determines, by the mask (N,) if there is one, are recovered.
+
+    Beside a PSNR of 20 dB that takes rank 1 among candidates, where there are any.
+    """
+    chosen = [True] * len(rows) if recoverable is None else recoverable.tolist()
+    hits = [is_recovered(row) and row.get("identified") in (True, None) for row in rows]
+    return any(hits) and all(hit for hit, needed in zip(hits, chosen, strict=True) if needed)
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def false_positive_rate(unrelated: Tensor, rec: Reconstruction, context: ScoringContext) -> float:

@@ -10,18 +10,19 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 LEVEL = 0.95
+LEAST_UNITS = 3  # the t interval of two units is 13 times as wide as their standard error
 
 
 def mean_interval(values: Sequence[float], units: Sequence[Hashable]) -> dict[str, Any]:
     """{mean, low, high, n}: the mean over all values, its interval by Student's t, and the number n of units.
 
     The variance is that of the units' sums of residuals (cluster-robust), with n - 1 degrees of freedom; for units of
-    equal size this is the t interval of their means. `low` and `high` are None for fewer than two units.
+    equal size this is the t interval of their means. `low` and `high` are None for fewer than three units.
     """
     from scipy.special import stdtrit
 
     mean, count = _mean(values), len(set(units))
-    if count < 2:
+    if count < LEAST_UNITS:
         return {"mean": mean, "low": None, "high": None, "n": count}
     half = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * math.sqrt(_variance_of_mean(values, units))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": count}

@@ -62,10 +62,11 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         "over_null": _gain(rows, units, "null_psnr"),
         "baseline_psnr": _complete_mean(rows, "baseline_psnr"),
         "class_baseline_psnr": _complete_mean(rows, "class_baseline_psnr"),
-        "over_class_mean": gain_over(rows, "class_baseline_psnr"),
+        "over_class_mean": _gain(rows, units, "class_baseline_psnr"),
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),
+        "objective": _objective(trials),
         "recovered_psnr": statistics.median(recovered) if recovered else None,
         **_optional_mean(rows, "ceiling"),
         **_optional_mean(trials, "candidates"),
@@ -82,8 +83,8 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
 def gain_over(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
     """The mean of PSNR minus the PSNR under `key`, in dB, with its 95% interval by Student's t.
 
-    The difference is taken example by example, and the interval over independent units. None for fewer than two units,
-    and where `key` is None.
+    The difference is taken example by example, and the interval over independent units. None for fewer than three
+    units, and where `key` is None.
     """
     gain = _gain(rows, [unit_of(r, number) for number, r in enumerate(rows)], key)
     return None if gain is None or gain["low"] is None else gain
@@ -104,10 +105,22 @@ def thin(trace: Sequence[float], points: int = 200) -> list[list[float | None]]:
 
 
 def _gain(rows: Sequence[Row], units: Sequence[Hashable], key: str) -> dict[str, Any] | None:
-    """As `gain_over`, with low and high None for a single unit."""
+    """As `gain_over`, with low and high None for fewer than three units."""
     if not rows or any(r.get(key) is None for r in rows):
         return None
     return mean_interval([r["psnr"] - r[key] for r in rows], units)
+
+
+def _objective(trials: Sequence[Row]) -> dict[str, float | None] | None:
+    """The medians over updates of the attack's objective at its answer and at the truth; None without one."""
+    found = [t["objective"] for t in trials if t.get("objective") is not None]
+    if not found:
+        return None
+    medians = {}
+    for place in ("answer", "truth"):
+        values = [entry[place] for entry in found if entry[place] is not None]
+        medians[place] = statistics.median(values) if values else None
+    return medians
 
 
 def _share(hits: Sequence[bool], units: Sequence[Hashable]) -> dict[str, Any] | None:

@@ -41,12 +41,8 @@ def identifies(summary: Mapping[str, Any]) -> bool:
 
 
 def _gains(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The gains that must be positive, with `low` and `high` None for a single unit."""
+    """The gains that must be positive, with `low` and `high` None for fewer than three units."""
     over_null, null = summary.get("over_null"), summary.get("null")
     if over_null is not None and null is not None and null["same_labels"]:
         return [over_null]
-    over_class = summary.get("over_class_mean")
-    if over_class is None and summary["psnr"] is not None and summary["class_baseline_psnr"] is not None:
-        mean = summary["psnr"]["mean"] - summary["class_baseline_psnr"]
-        over_class = {"mean": mean, "low": None, "high": None}
-    return [gain for gain in (over_null, over_class) if gain is not None]
+    return [gain for gain in (over_null, summary.get("over_class_mean")) if gain is not None]

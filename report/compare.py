@@ -10,7 +10,7 @@ from typing import Any
 
 from core.errors import UsageError
 from report.figures import comparison_plot
-from report.tables import Summary, cell, entries_of, sort_key, table
+from report.tables import STATUSES, Summary, cell, entries_of, sort_key, table
 
 Point = Mapping[str, str]  # what was varied, by name, in the order of the columns
 
@@ -136,7 +136,7 @@ def _flat(summary: Summary) -> dict[str, Any]:
         if key == "notes":  # sentences
             continue
         if key == "status":  # updates by status: a status that did not occur has none
-            flat |= {f"status_{name}": value.get(name, 0) for name in ("ok", "diverged")}
+            flat |= {f"status_{name}": value.get(name, 0) for name in STATUSES}
         elif isinstance(value, Mapping):
             flat |= {f"{key}_{name}": part for name, part in _flat(value).items()}
         elif isinstance(value, list):

@@ -17,6 +17,7 @@ Gain = Mapping[str, Any]  # mean, and the limits low and high of its 95% interva
 
 WIDTH = 80  # characters of a terminal
 ENOUGH_FOR_QUANTILES = 5  # images
+STATUSES = ("solved", "ambiguous", "stuck", "diverged")
 RECOVERED = f"recovered (PSNR >= {RECOVERED_PSNR:g} dB)"
 
 
@@ -259,10 +260,19 @@ ENTRIES = (
         compared=False,
     ),
     Entry(
-        "diverged",
+        "objective: answer, truth",
+        "objective",
+        lambda s: ", ".join("-" if (v := s["objective"][k]) is None else f"{v:.1e}" for k in ("answer", "truth")),
+        "distance between the observed update and that of the answer, and of the true images (oracle), as the attack "
+        "measures it: 0 for an exact match; medians over updates",
+    ),
+    Entry(
         "status",
-        lambda s: str(s["status"].get("diverged", 0)),
-        "number of updates for which the attack had no usable result; they are scored all the same",
+        "status",
+        lambda s: ", ".join(f"{s['status'][word]} {word}" for word in STATUSES if word in s["status"]),
+        "number of updates that are solved (all images recovered), ambiguous (the answer explains the update as well "
+        "as the true images do), stuck (the true images explain it better: the attack failed) or diverged (no usable "
+        "result)",
         always=True,
     ),
     Entry(
@@ -330,11 +340,19 @@ def _others(summary: Summary) -> list[str]:
 def one_run(summary: Summary) -> str:
     """The text at the end of a run: what ran, remarks on the data, a table that fits 80 columns, and one sentence."""
     title = f"{summary['attack']} ({summary['mode']}) on {summary['dataset']}, model {summary['model']}"
-    head = "\n".join([title, *(textwrap.fill(note, WIDTH) for note in summary.get("notes", ()))])
+    remarks = (*attacker(summary), *summary.get("notes", ()))
+    head = "\n".join([title, *(textwrap.fill(remark, WIDTH) for remark in remarks)])
     shown = entries_of([summary])
     rows = [[entry.label, cell(summary, entry)] for entry in shown]
     sentence = textwrap.fill(verdict(summary), WIDTH, break_on_hyphens=False)
     return f"{head}\n{table(['metric', 'value ± SD over images [95% interval]'], rows)}\n{sentence}"
+
+
+def attacker(summary: Summary) -> list[str]:
+    """What the attacker was assumed to do and to know, in one sentence; no sentence where the summary does not say."""
+    if "knows" not in summary:
+        return []
+    return [f"attacker: {summary['threat']}, with model, update{''.join(f', {fact}' for fact in summary['knows'])}"]
 
 
 def verdict(summary: Summary) -> str:
@@ -370,7 +388,24 @@ def verdict(summary: Summary) -> str:
         start = found[0].upper() + found[1:]
         if found == "too few updates to tell":
             start += f" ({_plural(summary['units'], summary['unit'])})"
-    return f"{start}: {'; '.join([*parts, *compared])}{_comparison_in_words(summary)}."
+    return f"{start}: {'; '.join([*parts, *compared])}{_comparison_in_words(summary)}{_why_not(summary, found)}."
+
+
+def _why_not(summary: Summary, found: str | None) -> str:
+    """Whether the attack failed or the update does not tell, where no leak was found."""
+    if found != "no leak found by this attack" or summary.get("objective") is None:
+        return ""
+    updates, status = sum(summary["status"].values()), summary["status"]
+    stuck, ambiguous = status.get("stuck", 0), status.get("ambiguous", 0)
+    reasons = []
+    if stuck:
+        reasons.append(
+            f"the attack was stuck in {stuck} of {_plural(updates, 'update')}, where the true images explain the "
+            "update better than its answer, and another attack may recover them"
+        )
+    if ambiguous:
+        reasons.append(f"the answer explains {ambiguous} of {_plural(updates, 'update')} as well as the true images do")
+    return "".join(f"; {reason}" for reason in reasons)
 
 
 def _comparison_in_words(summary: Summary) -> str:

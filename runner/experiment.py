@@ -182,11 +182,31 @@ class Experiment:
             "threat": self.attack.threat,
             "requires": sorted(self.attack.requirements()),
             "oracle": self.oracle,
+            "knows": self.knowledge,
             "recipe": dataclasses.asdict(self.source.recipe),
             "dataset_notes": list(self.dataset.notes),
             "commit": commit(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
+
+    @functools.cached_property
+    def knowledge(self) -> list[str]:
+        """What the attacker was assumed to know or to have, besides the task, the model and the update."""
+        flags, recipe = self.flags, self.beliefs.about(self.source.recipe)
+        count = self.beliefs.num_examples or self.source.num_examples
+        uses = self.attack.knowledge(count, flags.grant == "labels")
+        facts = []
+        if "num_examples" in uses:
+            facts.append("number of images")
+        if "recipe" in uses and self.source.kind == "delta":
+            facts.append("training recipe")
+        if "defense" in uses and recipe.defense != "none":
+            facts.append(f"defence {recipe.defense}")
+        if "public" in uses and flags.public != "none":
+            kind = {"same": "of the same source", "other": "of other classes", "noise": "of noise"}[flags.public]
+            facts.append(f"{len(self.public.examples)} public images {kind}")
+        facts += [f"{name} (granted)" for name in self.oracle]
+        return facts + [f"{belief} (believed)" for belief in flags.believe]
 
     @property
     def oracle(self) -> list[str]:

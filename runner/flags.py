@@ -14,7 +14,9 @@ class Common:
     dataset: str = hp("photos", "data set: {datasets}")
     base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets; for folder, the <class>/<image> tree itself")
     victims: Literal["all", "tuning", "reporting"] = hp(
-        "all", "private images that may be attacked: one of two disjoint parts (tuning, reporting), or all"
+        "reporting",
+        "private images that may be attacked: one of two disjoint parts, tuning (for the choice of settings) and "
+        "reporting (for published numbers), or all",
     )
     public: Literal["same", "other", "noise", "none"] = hp(
         "same", "public images of the attacker: same (the victims' classes), other (classes), noise, or none"

@@ -17,6 +17,7 @@ from evaluation.bounds import recoverable_mask, search_space_bound
 from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
 from evaluation.metrics import Lpips
+from evaluation.objective import objectives
 from evaluation.summary import summarize
 from evaluation.verdict import outcome
 from federated.simulation import Session, Trial
@@ -171,11 +172,15 @@ class _Run:
             comparison=result.comparison,
             projection=search_space_bound(experiment.attack, task, experiment.public_on_device, truth),
             recoverable=recoverable,
+            found=objectives(
+                experiment.attack, job.observation, truth, result.reconstruction, self.context.missing_example
+            ),
             unrelated=unrelated,
             trial=job.index,
         )
         common = {"seconds": result.seconds, **trial.origin}
-        rows = [{"trial": job.index, **row, **common, "oracle": experiment.oracle} for row in score.rows]
+        knowledge = {"oracle": experiment.oracle, "knows": experiment.knowledge}
+        rows = [{"trial": job.index, **row, **common, **knowledge} for row in score.rows]
         for row, name in zip(rows, trial.names or (), strict=False):
             row["file"] = name
         if experiment.flags.dataset == "photos" and len(rows) == 1:  # crops of one photograph are not independent
@@ -195,6 +200,9 @@ class _Run:
             "model": experiment.flags.model,
             **summarize(rows, trials, experiment.flags.thresholds),
             "oracle": experiment.oracle,
+            "knows": experiment.knowledge,
+            "threat": experiment.attack.threat,
+            "believed": list(experiment.flags.believe),
             "notes": list(experiment.dataset.notes),
         }
         comparison = experiment.attack.comparison_attack(experiment.source.kind)

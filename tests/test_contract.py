@@ -86,6 +86,30 @@ def assert_valid(rec: Reconstruction) -> None:
         assert set(rec.labels.tolist()) <= set(range(TASK.num_classes))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_attack_does_not_list_changes_nothing(name: str, n: int, kind: str) -> None:
+    """`knowledge` is what tables print: withhold the rest, and the reconstruction is the same."""
+    attack = small(name)
+    observation = observe(attack, kind, n=n)
+    listed = attack.knowledge(n)
+    withheld = observation
+    if "public" not in listed:
+        withheld = dataclasses.replace(withheld, public=None)
+    if "defense" not in listed:
+        withheld = dataclasses.replace(
+            withheld, recipe=dataclasses.replace(withheld.recipe, defense="clip(bound=1e-3)")
+        )
+    if "recipe" not in listed:
+        other = dataclasses.replace(withheld.recipe, lr=0.5, local_epochs=3, momentum=0.5, lr_schedule="step")
+        withheld = dataclasses.replace(withheld, recipe=other)
+    before, after = reconstruct(attack, observation), reconstruct(attack, withheld)
+    assert before.examples.equal(after.examples)
+    assert (before.labels is None) == (after.labels is None)
+    assert before.labels is None or before.labels.equal(after.labels)
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adam_client_is_attacked_or_refused(name: str, epochs: int) -> None:

@@ -77,7 +77,7 @@ def test_pairing_is_one_to_one_and_the_rest_is_missed() -> None:
     assert rows[1]["psnr"] == rows[1]["baseline_psnr"]
     assert [is_recovered(r) for r in rows] == [True, False]
     assert torch.equal(shown[0], truth[0])
-    assert summarize(rows, [{"seconds": 1.0, "status": "ok"}])["missed"] == 1
+    assert summarize(rows, [{"seconds": 1.0, "status": "solved"}])["missed"] == 1
 
 
 def test_more_reconstructions_than_truths() -> None:
@@ -122,9 +122,9 @@ def test_class_baseline_falls_back_to_the_mean_image() -> None:
 
 def test_diverged_trials_are_counted() -> None:
     rows, _, _ = score(Batch(pictures(1), torch.tensor([0])), Reconstruction(pictures(1, seed=4)))
-    trials = [{"seconds": 1.0, "status": "diverged"}, {"seconds": 2.0, "status": "ok"}]
+    trials = [{"seconds": 1.0, "status": "diverged"}, {"seconds": 2.0, "status": "solved"}]
     summary = summarize(rows, trials)
-    assert summary["status"] == {"diverged": 1, "ok": 1}
+    assert summary["status"] == {"diverged": 1, "solved": 1}
     assert summary["seconds"] == 3.0
     assert summary["psnr"]["mean"] == rows[0]["psnr"]
 
@@ -192,7 +192,7 @@ def test_a_sign_is_right_if_the_image_made_of_a_source_is_no_negative() -> None:
     rec = Reconstruction(images, sources=torch.stack([3 - 2 * truth[1], truth[0], truth[2] / 9]))
     rows, _, _ = score(Batch(truth, torch.tensor([0, 1, 2])), rec)
     assert [r["sign_ok"] for r in rows] == [False, True, False]
-    assert summarize(rows, [{"seconds": 1.0, "status": "ok"}])["sign_ok"] == pytest.approx(1 / 3)
+    assert summarize(rows, [{"seconds": 1.0, "status": "solved"}])["sign_ok"] == pytest.approx(1 / 3)
 
 
 def test_control_counts_what_the_same_candidates_would_pass_for() -> None:
@@ -214,7 +214,7 @@ def test_a_trial_without_public_examples_has_no_baselines_and_is_scored_all_the_
 
 
 def test_a_run_without_truth_has_a_summary() -> None:
-    summary = summarize([], [{"seconds": 1.0, "status": "ok"}])
+    summary = summarize([], [{"seconds": 1.0, "status": "solved"}])
     assert summary["images"] == 0
     assert summary["psnr"] is summary["success_rate"] is summary["baseline_psnr"] is None
 
@@ -235,7 +235,16 @@ def test_the_keys_of_rows_and_records_on_disk() -> None:
     row = "image match psnr ssim lpips mse label_true label_pred label_ok baseline_psnr class_baseline_psnr"
     row += " oracle_corr oracle_affine_psnr sign_ok companion_psnr oracle_floor_psnr ceiling"
     assert list(score.rows[0]) == row.split()
-    assert list(score.record) == ["iterations", "loss", "status", "restarts", "trace", "candidates", "control"]
+    assert list(score.record) == [
+        "iterations",
+        "loss",
+        "objective",
+        "status",
+        "restarts",
+        "trace",
+        "candidates",
+        "control",
+    ]
     assert [r["oracle_floor_psnr"] for r in score.rows] == [100, 100]
     assert [r["ceiling"] for r in score.rows] == [True, False]
     assert score.record["trace"] == [[0, 2.0], [1, 1.0]]
@@ -591,7 +600,7 @@ def test_the_unit_of_a_row() -> None:
     assert unit_of({}, 5) != unit_of({}, 6)
     row = {"match": 0, "ssim": None, "lpips": None, "label_ok": None, "baseline_psnr": 1, "class_baseline_psnr": 1}
     rows = [row | {"trial": k, "psnr": 30.0 - k, "unit": f"photograph {k // 2}"} for k in range(4)]
-    summary = summarize(rows, [{"seconds": 1.0, "status": "ok"}], thresholds=(28.5, 60))
+    summary = summarize(rows, [{"seconds": 1.0, "status": "solved"}], thresholds=(28.5, 60))
     assert (summary["units"], summary["unit"]) == (2, "photograph")
     assert summary["recovered"]["28.5"]["share"] == 0.5
     assert summary["most_exposed"] == {"psnr": 30, "trial": 0, "image": 0}

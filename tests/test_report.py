@@ -18,6 +18,7 @@ from core.protocol import Batch, Reconstruction, image_task
 from evaluation.baselines import Baselines
 from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
+from evaluation.objective import Objectives
 from evaluation.summary import summarize
 from evaluation.verdict import outcome
 from report import figures, style
@@ -41,7 +42,7 @@ def scored(gain: list[float], attack: str = "dlg", **more: Any) -> dict[str, Any
         }
         for k, g in enumerate(gain)
     ]
-    numbers = summarize(rows, [{"seconds": 1.0, "status": "ok"}] * len(rows))
+    numbers = summarize(rows, [{"seconds": 1.0, "status": "solved"}] * len(rows))
     return {"mode": "grad", "attack": attack, "dataset": "photos", "model": "lenet", **numbers, "oracle": [], **more}
 
 
@@ -105,6 +106,9 @@ def test_a_learning_curve_of_one_round_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "accuracy.png").exists()
 
 
+KNOWLEDGE = {"threat": "honest-but-curious", "knows": ["number of images", "labels (granted)"]}
+
+
 def full_summary() -> dict[str, Any]:
     """A summary with every entry there is."""
     task = image_task((3, 16, 16), 4)
@@ -121,14 +125,21 @@ def full_summary() -> dict[str, Any]:
         rec = Reconstruction(truth.examples[:3], truth.labels[:3], (1.0,), 1, sources=truth.examples[:3])
         mask = torch.tensor([True] * 4)
         score = score_trial(
-            truth, rec, context, comparison=rec, projection=truth.examples, recoverable=mask, unrelated=images.flip(3)
+            truth,
+            rec,
+            context,
+            comparison=rec,
+            projection=truth.examples,
+            recoverable=mask,
+            unrelated=images.flip(3),
+            found=Objectives(1e-3, 1e-9, 0.5),
         )
         rows += [{"trial": trial, **row} for row in score.rows]
         records.append({"seconds": 12345.678, **score.record})
     more = {"mode": "fed", "attack": "ig_weight", "dataset": "tiny_imagenet", "model": "convnet64"}
     fed = {"accuracy": 0.512, "training_loss": 1.234, "companion": "ig_single"}
     notes = [f"folder: {'12 files, ' * 20}"]
-    return more | summarize(rows, records) | fed | {"oracle": ["labels"], "notes": notes}
+    return more | summarize(rows, records) | fed | {"oracle": ["labels"], "notes": notes} | KNOWLEDGE
 
 
 @pytest.mark.parametrize("summary", [scored([1.0, 2.0, 3.0]), scored([8.0]), full_summary()])
@@ -223,7 +234,7 @@ def test_a_csv_holds_numbers_and_empty_cells(tmp_path: Path) -> None:
     assert text + "\n" == (tmp_path / "table.md").read_text()
     assert (tmp_path / "plot.png").exists()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
-    words = {"attack", "mode", "dataset", "model", "companion", "oracle", "unit"}
+    words = {"attack", "mode", "dataset", "model", "companion", "oracle", "unit", "threat", "knows"}
     for row, run in zip(rows, runs, strict=True):
         for key, value in row.items():
             assert key in words or value == "" or float(value) is not None
@@ -231,8 +242,8 @@ def test_a_csv_holds_numbers_and_empty_cells(tmp_path: Path) -> None:
         assert float(row["psnr_std"]) == run["psnr"]["std"]
         assert row["attack"] == run["attack"]
     assert float(rows[1]["null_psnr_mean"]) == runs[1]["null"]["psnr"]["mean"]
-    assert rows[0]["lpips_mean"] == rows[0]["ceiling"] == rows[2]["over_class_mean_low"] == ""
-    assert [row["status_diverged"] for row in rows] == ["0", "0", "0"]
+    assert rows[0]["lpips_mean"] == rows[0]["ceiling"] == rows[2]["objective_answer"] == ""
+    assert [row["status_solved"] for row in rows] == ["2", "0", "1"]
 
 
 def test_a_comparison_of_attacks_has_a_column_for_them(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attacks.base import ATTACKS, Attack
+from attacks.base import ATTACKS, Attack, MatchingDistance
 from attacks.labels.inference import infer_labels
 from attacks.matching.matcher import UPDATE_MODEL_HELP, GradientMatcher, UpdateModel, check_update_model
 from attacks.optim.adam import Adam
@@ -128,6 +128,13 @@ class LatentInversion(Attack):
             return None
         single = kind == "gradient" or self.update_model == "single_step"  # as this attack models the update
         return ATTACKS["ig_single" if single else "ig_multi"](iterations=self.comparison_iterations)
+
+    def matching_objective(self, observation: Observation) -> MatchingDistance | None:
+        matcher = GradientMatcher(observation, self.update_model)
+        if matcher.counter.variables:
+            return None
+        squared = self.distance == "l2" or matcher.noise or self.noise
+        return matcher.relative_squared_distance if squared else matcher.cosine_distance
 
     def start(self, observation: Observation, rng: torch.Generator) -> tuple[GradientMatcher, Tensor, Generator]:
         """The update, the labels (N,), and G."""

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attacks.base import Attack
+from attacks.base import Attack, MatchingDistance
 from attacks.matching.matcher import UPDATE_MODEL_HELP, GradientMatcher, UpdateModel, check_update_model
 from attacks.matching.runs import Run, run_restarts, to_reconstruction
 from attacks.optim.lbfgs import Lbfgs
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
-from core.protocol import Recipe, Reconstruction, Task
+from core.protocol import Observation, Recipe, Reconstruction, Task
 
 REGULARIZER_FADE = (1.0, 0.1, 0.01)  # of its weight in the three phases of a batch
 
@@ -54,6 +54,7 @@ class LbfgsInversion(Attack):
 
     threat = "honest-but-curious"
     requires = frozenset({"double_backward"})
+    infers_labels = True
     supports_adam = True
     paper = {
         "iterations": (6000, "300 steps of 20, authors' main.py"),
@@ -101,6 +102,10 @@ class LbfgsInversion(Attack):
         if (reason := task.domain.fits(num_examples)) is not None:
             raise UsageError(reason)
         check_update_model(self.update_model, recipe, kind, num_examples)
+
+    def matching_objective(self, observation: Observation) -> MatchingDistance | None:
+        matcher = GradientMatcher(observation, self.update_model)
+        return None if matcher.counter.variables else matcher.relative_squared_distance
 
     def invert(
         self,

@@ -137,6 +137,10 @@ class GradientMatcher:
         """Inverting Gradients' objective, 1 - <g^, g*> / (||g^|| ||g*||) over all layers as one vector."""
         return distances.cosine_distance(*self._weighted(self.simulate(examples, labels, *unknowns)))
 
+    def relative_squared_distance(self, examples: Tensor, labels: Tensor) -> Tensor:
+        """`squared_distance` over ||g*||^2."""
+        return self.squared_distance(examples, labels) / max(self.target_norm_sq, TINY)
+
     def _weighted(self, ours: tuple[Tensor, ...]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Both sides of a distance, with the entry weights that the defence calls for."""
         if self.counter.weights is None:

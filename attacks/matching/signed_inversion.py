@@ -84,6 +84,7 @@ class SignedInversion(Attack):
 
     threat = "honest-but-curious"
     requires = frozenset({"double_backward"})
+    infers_labels = True
     supports_adam = True
     paper = {
         "iterations": (4800, "Inverting Gradients' rec_mult.py"),
