@@ -29,6 +29,7 @@ class GGL(LatentInversion):
         "distance": ("l2", "authors' code"),
         "latent_weight": (0.1, "authors' code"),
         "noise": (0.0, "authors' code"),
+        "init_std": (1.0, "authors' reconstructor.py"),
     }
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:

@@ -72,6 +72,7 @@ class IGMulti(CosineInversion):
         "iterations": (24000, "authors' notebook"),
         "restarts": (8, "authors' notebook"),
         "lr": (1.0, "authors' notebook"),
+        "tv": (1e-6, "authors' notebook"),
     }
 
     def matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:

@@ -43,11 +43,12 @@ class SME(SignedInversion):
     citation = "Zhu, Yao, Blaschko: Surrogate Model Extension. ICML 2023"
     link = "https://arxiv.org/abs/2306.00127"
     paper = {
-        "iterations": (5000, "authors' run_experiment.py"),
-        "lr": (1e-3, "authors' run_experiment.py"),
-        "tv": (1e-4, "authors' run_experiment.py"),
+        "iterations": (1000, "authors' cifar_sme.json"),
+        "lr": (1.0, "authors' cifar_sme.json"),
+        "signed": (False, "authors' adversary.py"),
+        "tv": (5e-3, "authors' cifar_sme.json, 0.01 on half of this total variation"),
         "correction_interval": (0, "as published"),
-        "alpha_lr": (1e-3, "authors' run_experiment.py"),
+        "alpha_lr": (1e-3, "authors' cifar_sme.json"),
     }
 
     correction_interval: int = hp(

@@ -86,7 +86,9 @@ def test_the_papers_loops_descend(name: str) -> None:
     torch.manual_seed(0)
     start = 0.1 * torch.randn(1, 1, 12, 12)
     loop = (
-        reference.dlg(net, target, start, 3) if name == "dlg" else reference.ig_single(net, target, start, label, 4800)
+        reference.dlg(net, target, start, torch.randn(1, 3))
+        if name == "dlg"
+        else reference.ig(lambda x: reference.gradient(net, x, label), target, start, 4800)
     )
 
     def distance(x: torch.Tensor) -> float:

@@ -55,7 +55,7 @@ def centred(rows: Tensor) -> Tensor:
 
 def whitening(view: Tensor, n: int, rank_tolerance: float) -> Tensor:
     """W_w (r, h) such that W_w view has unit covariance; r <= n, without eigenvalues below `rank_tolerance`."""
-    values, vectors = torch.linalg.eigh(view @ view.T / view.shape[1])
+    values, vectors = torch.linalg.eigh(view @ view.T / (view.shape[1] - 1))
     used = [i for i in range(len(values) - 1, -1, -1)[:n] if values[i] > rank_tolerance * values[-1]]
     return vectors[:, used].T / values[used, None].sqrt()
 

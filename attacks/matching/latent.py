@@ -20,7 +20,7 @@ from attacks.labels.inference import infer_labels
 from attacks.matching.matcher import UPDATE_MODEL_HELP, GradientMatcher, UpdateModel, check_update_model
 from attacks.optim.adam import Adam
 from attacks.optim.cma import minimize_cma
-from attacks.optim.loop import Function, Phase, State, descend
+from attacks.optim.loop import DECAY_AT, Function, Phase, State, descend
 from attacks.optim.tracker import current_tracker
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
@@ -67,7 +67,14 @@ class LatentInversion(Attack):
     iterations: int = hp(300, "Adam steps in each run", ge=1, smoke=3)
     evaluations: int = hp(3000, "evaluations of the objective in each run of CMA-ES", ge=1, smoke=8)
     restarts: int = hp(1, "number of runs; the one with the lowest objective is the answer", ge=1)
-    lr: float = hp(0.1, "Adam step, rising over the first 5% and falling over the last 25% of a run", gt=0)
+    lr: float = hp(0.1, "Adam step of the latents", gt=0, source="GGL's reconstructor.py")
+    lr_schedule: Literal["ramp", "step"] = hp(
+        "ramp",
+        "schedule of that step: rising over the first 5% and falling over the last 25% of a run, or x 0.1 at 3/8, 5/8 "
+        "and 7/8",
+        source="GGL's reconstructor.py",
+    )
+    init_std: float = hp(0.01, "standard deviation of the start of the latents about zero", ge=0)
     cma_std: float = hp(0.5, "standard deviation of CMA-ES's first draws about z = 0", gt=0)
     distance: Literal["cosine", "l2"] = hp(
         "cosine", "distance D: cosine, or squared distance over the number of tensors"
@@ -187,7 +194,7 @@ class LatentInversion(Attack):
     def _adam(
         self, objective: Objective, matcher: GradientMatcher, center: Tensor, rng: torch.Generator, run: tuple[int, int]
     ) -> State:
-        z = (0.01 * torch.randn(center.shape, generator=rng)).to(center).requires_grad_()
+        z = (self.init_std * torch.randn(center.shape, generator=rng)).to(center).requires_grad_()
         unknowns = matcher.counter.variables
         variables = [z, *(v.init.clone().to(center).requires_grad_() for v in unknowns)]
 
@@ -196,14 +203,24 @@ class LatentInversion(Attack):
             for value, unknown in zip(variables[1:], unknowns, strict=True):
                 value.copy_(unknown.project(value))
 
+        factor = ramp if self.lr_schedule == "ramp" else steps
+
         def rates(step: int) -> list[float]:
-            done = step / self.iterations
-            down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - done) / 0.25))
-            lr = self.lr * down * min(1.0, (done + 1 / self.iterations) / 0.05)
-            return [lr, *(v.step for v in unknowns)]
+            return [self.lr * factor(step, self.iterations), *(v.step for v in unknowns)]
 
         phases = [Phase(rates, steps=self.iterations)]
         return descend(variables, Function(objective), Adam(variables), phases, rng, project=project, run=run)
+
+
+def ramp(step: int, total: int) -> float:
+    """The factor on a learning rate at `step`: linear over the first 5%, half a cosine over the last 25%."""
+    done = step / total
+    return (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - done) / 0.25))) * min(1.0, done / 0.05)
+
+
+def steps(step: int, total: int) -> float:
+    """The factor on a learning rate at `step`: 0.1 after 3/8, 5/8 and 7/8 each."""
+    return float(0.1 ** sum(step >= round(total * share) for share in DECAY_AT))
 
 
 def divergence(z: Tensor) -> Tensor:

@@ -15,11 +15,9 @@ from attacks.matching.distances import add_balanced
 from attacks.matching.matcher import GradientMatcher, Precision
 from attacks.matching.runs import Run, run_restarts
 from attacks.optim.adam import Adam
-from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
+from attacks.optim.loop import DECAY_AT, Evaluation, Objective, Phase, State, descend
 from core.hyperparameters import hp, hyperparameters
 from defenses.base import Variable
-
-DECAY_AT = (3 / 8, 5 / 8, 7 / 8)  # shares of the budget at which the step falls to a tenth
 
 Own = TypeVar("Own", bound="MatchingObjective")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attacks.optim.tracker import current_tracker
 
+DECAY_AT = (3 / 8, 5 / 8, 7 / 8)  # shares of the budget at which Inverting Gradients' step falls to a tenth
 MIN_IMPROVEMENT = 0.01  # relative; less than this counts as no improvement
 
 

@@ -102,14 +102,15 @@ def plain(experiment: Experiment, observation: Observation, trial: int, watch: W
     target, n, shape = observation.update.ordered(model), observation.update.num_examples, task.domain.shape
     first = torch.randn(n, *shape, generator=stream(experiment.seed, "attack", trial))
     if name == "dlg":
-        loop = reference.dlg(model, target, first, task.num_classes)
+        loop = reference.dlg(model, target, first, torch.randn(n, task.num_classes))
     elif name == "ig_single":
         budget = reference.budget(type(experiment.attack))
-        loop = reference.ig_single(model, target, first, observation.granted["labels"], budget)
+        labels = observation.granted["labels"]
+        loop = reference.ig(lambda x: reference.gradient(model, x, labels), target, first, budget)
     elif name == "cpa":
         layer = pixel_layer(model, task)
         (rows,) = (g for p, g in zip(model.parameters(), target, strict=True) if p is layer.weight)
-        loop = reference.cpa(rows, shape, n)
+        loop = (images for images, _ in reference.cpa(rows, shape, n))
     else:
         loop = reference.rtf(*target[:2], shape)
     for images in loop:
