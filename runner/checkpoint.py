@@ -1,7 +1,5 @@
 """The saved state of a trial that has not finished."""
 
-import hashlib
-import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +7,11 @@ from typing import Any
 
 import torch
 
-from utils.files import write_bytes
+from utils.states import load_state, save_state
 
 
 class TrialCheckpoint:
-    """The state of an unfinished trial in a file: tensors, numbers, strings, and lists and dictionaries of them."""
+    """The state of an unfinished trial in a file."""
 
     def __init__(self, path: Path, owner: str, every: float) -> None:
         """`owner`: names the trial, so that no other trial continues from its state. `every`: seconds between saves."""
@@ -25,20 +23,8 @@ class TrialCheckpoint:
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """What was saved last; None if there is nothing, or if it is damaged: the trial then starts anew."""
-        try:
-            content = self.path.read_bytes() if self.path.is_file() else b""
-        except OSError:
-            return None
-        check, payload = content[:32], content[32:]
-        if check != self._check(payload):
-            return None
-        return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+        return load_state(self.path, self.owner, device)
 
     def save(self, state: Mapping[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_bytes(self.path, self._check(buffer.getvalue()) + buffer.getvalue())
+        save_state(self.path, self.owner, state)
         self.last = time.monotonic()
-
-    def _check(self, payload: bytes) -> bytes:
-        return hashlib.sha256(self.owner.encode() + b"\0" + payload).digest()
