@@ -1,5 +1,10 @@
 """Gradient mode: each trial is the gradient of one private batch, which the server attacks."""
 
+from utils.signals import die_of_sigint
+
+if __name__ == "__main__":
+    die_of_sigint()  # while modules are imported
+
 from runner.workers import preload_workers
 from utils.environment import require_modules
 

@@ -9,6 +9,8 @@ from core.errors import UsageError
 
 T = TypeVar("T")
 
+LARGEST = 1e30  # of a number on the command line: products of a few such numbers must fit in a float32
+
 _COMPARISONS = {
     "ge": (lambda value, bound: value >= bound, "at least"),
     "le": (lambda value, bound: value <= bound, "at most"),
@@ -53,17 +55,28 @@ def hyperparameters(cls: type[T]) -> type[T]:
 
 
 def check_limits(instance: Any) -> None:
-    """Raise UsageError for the first field of a dataclass instance whose value lies outside its limits."""
+    """Raise UsageError for the first field of a dataclass instance whose value lies outside its limits.
+
+    Without any, a float still has to be finite and at most 1e30 in size: beyond that, float32 overflows.
+    """
     for field in dataclasses.fields(instance):
         value, limits = getattr(instance, field.name), field.metadata.get("limits", {})
+        for number in value if isinstance(value, tuple) else (value,):
+            check_number(field.name, number)
         if value is None or not limits:
             continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"`{field.name}` must be a finite number, not {value:g}")
         for name, bound in limits.items():
             holds, words = _COMPARISONS[name]
             if not holds(value, bound):
                 raise UsageError(f"`{field.name}` must be {words} {bound:g}, not {value:g}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise UsageError for a float that is not finite or beyond 1e30; anything else passes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"`{name}` must be a finite number, not {value:g}")
+    if isinstance(value, float) and abs(value) > LARGEST:
+        raise UsageError(f"`{name}` must be at most {LARGEST:g} in size, not {value:g}")
 
 
 def published(cls: type) -> Mapping[str, tuple[Any, str]]:

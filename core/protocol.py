@@ -21,6 +21,7 @@ LOSSES: Registry[Any] = Registry("loss")
 LOSSES.add("cross_entropy", F.cross_entropy)
 
 Kind = Literal["gradient", "delta"]
+MAX_STEPS = 1_000_000  # local steps of a client in a round
 
 
 class Batch(NamedTuple):
@@ -74,8 +75,11 @@ class Recipe:
     defense: str = "none"
 
     def steps(self, num_examples: int) -> int:
-        """T, the number of steps a client with `num_examples` examples takes."""
-        return self.local_epochs * math.ceil(num_examples / self.batch_size)
+        """T, the number of steps a client with `num_examples` examples takes. Raises UsageError beyond a million."""
+        steps = self.local_epochs * -(-num_examples // self.batch_size)
+        if steps > MAX_STEPS:
+            raise UsageError(f"{steps} local steps in a round are more than {MAX_STEPS}: lower `local_epochs`")
+        return steps
 
     def batches(self, num_examples: int, rng: torch.Generator | None = None) -> list[Tensor]:
         """The T minibatches as index tensors, shuffled in each epoch by `rng`, or in order without one.

@@ -12,7 +12,7 @@ import torch
 
 from core.errors import UsageError
 from data.base import register
-from data.images import UNREADABLE, class_folders, open_image, read_image, unreadable
+from data.images import UNREADABLE, check_regular, class_folders, open_image, quiet, read_image, unreadable
 from data.splits import LazyImages, Split, Splits, frozen_rng
 
 EXPECTED = "`base_datadir` must be the root of a <class>/<image> tree for `dataset=folder`"
@@ -64,8 +64,9 @@ def folder(base_datadir: Path, image_size: int | None) -> Splits:
 def _inspect(path: str) -> tuple[str, str, tuple[int, int]]:
     """The digest of a file's bytes, its colour mode, and (width, height). Raises UsageError if it is not an image."""
     try:
+        check_regular(path)
         content = Path(path).read_bytes()
-        with open_image(io.BytesIO(content)) as image:
+        with quiet(), open_image(io.BytesIO(content)) as image:
             return hashlib.sha256(content).hexdigest(), image.mode, image.size
     except UNREADABLE as error:
         raise unreadable(path, error) from None

@@ -1,8 +1,12 @@
 """Image files: which files are images, how a tree of class folders is listed, how a file becomes a uint8 tensor."""
 
+import contextlib
 import os
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import UsageError
+from utils.terminal import silent_stderr
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow identifies files by content; without this list it would pass an EPS file with another suffix to Ghostscript
@@ -66,7 +71,23 @@ def unreadable(path: str | Path, error: BaseException) -> UsageError:
 
 def open_image(file: str | Path | BinaryIO) -> Image.Image:
     """The image, of which only the header has been read. Raises one of UNREADABLE."""
+    if isinstance(file, str | Path):
+        check_regular(file)
     return Image.open(file, formats=FORMATS)
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for a pipe, a socket, a device or a folder: reading them may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("not a regular file")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Discard Pillow's warnings: a file is read or refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def read_image(path: str | Path, *, image_size: int, channels: int) -> Tensor:
@@ -75,7 +96,7 @@ def read_image(path: str | Path, *, image_size: int, channels: int) -> Tensor:
     Raises UsageError, which names the file, if it cannot be decoded.
     """
     try:
-        with open_image(path) as image:
+        with quiet(), open_image(path) as image, silent_stderr() if image.format == "TIFF" else nullcontext():
             return square(_eight_bit(image, "L" if channels == 1 else "RGB"), image_size)
     except UNREADABLE as error:
         raise unreadable(path, error) from None

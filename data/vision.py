@@ -31,7 +31,7 @@ from torch import Tensor
 
 from core.errors import UsageError
 from data.base import register
-from data.images import class_folders, image_paths, one_line, read_image, square
+from data.images import check_regular, class_folders, image_paths, one_line, read_image, square
 from data.splits import LazyImages, Split, Splits, Statistics, frozen_rng
 
 PATIENCE = 10.0  # seconds without a byte after which a server counts as unreachable
@@ -139,6 +139,7 @@ class _Cifar:
 
     @staticmethod
     def _load(path: Path) -> Any:
+        check_regular(path)
         with path.open("rb") as file:
             return _ArraysOnly(file, encoding="latin1").load()
 
@@ -171,6 +172,9 @@ def _in_memory(
     if not folder.exists():
         _download(folder, url, lambda scratch: reader(scratch, download=True))
     try:
+        for path in folder.rglob("*"):
+            if not path.is_dir():
+                check_regular(path)
         with warnings.catch_warnings():
             # the CIFAR pickles were written by an old NumPy
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
@@ -213,7 +217,8 @@ def _checked(part: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.nda
     """
     images = np.asarray(part.data)
     images, labels = images.reshape(len(images), *shape), np.asarray(part.targets, dtype=np.int64)
-    if images.dtype != np.uint8 or labels.shape != images.shape[:1] or labels.max() >= len(part.classes):
+    known = 0 <= labels.min() <= labels.max() < len(part.classes)
+    if images.dtype != np.uint8 or labels.shape != images.shape[:1] or not known:
         raise ValueError(f"images {images.shape}, labels {labels.shape}")
     return images, labels
 
@@ -271,6 +276,7 @@ def _hold_out(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndar
 def _lines(path: Path) -> list[str]:
     """The lines of a text file. Raises UsageError if it cannot be read."""
     try:
+        check_regular(path)
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise _damaged(path) from error

@@ -162,7 +162,9 @@ class FedAvgSource:
         if recipe.batch_size > largest:
             raise UsageError(f"`batch_size={recipe.batch_size}` is more than a client's {largest} image(s): lower it")
         recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size or largest)
-        if recipe.lr_schedule != "constant" and recipe.steps(largest) == 1:
+        steps = recipe.steps(largest)
+        _check_rates(recipe.lr, lr_decay, rounds)
+        if recipe.lr_schedule != "constant" and steps == 1:
             raise UsageError(f"`lr_schedule={recipe.lr_schedule}` needs more than one local step: raise `local_epochs`")
         return cls(dataset.private, parts, recipe, trials, rounds, per_round, lr_decay)
 
@@ -201,3 +203,11 @@ class FedAvgSource:
             mean_loss = sum(losses) / len(losses)
             finite = mean_loss if math.isfinite(mean_loss) else None  # None: local training diverged
             session.on_round({"round": number, "loss": finite, "lr": recipe.lr})
+
+
+def _check_rates(lr: float, decay: float, rounds: int) -> None:
+    """Raise UsageError if the rate of some round lies beyond what float32 can divide by, 1e-30 to 1e30."""
+    last = math.log10(lr) + (rounds - 1) * math.log10(decay)
+    for name, power in (("local_lr", math.log10(lr)), ("lr_decay", last)):
+        if abs(power) > 30.001:  # rounding
+            raise UsageError(f"`{name}`: a learning rate of 1e{power:+.0f} is outside 1e-30 to 1e+30")

@@ -4,13 +4,16 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
+from typing import NoReturn
 
 from core.errors import UsageError
 from report.compare import compare_folders
 from report.tables import METRIC_HELP
 from utils.flags import FlagError, Parser
+from utils.terminal import prepare_streams, printable
 
 WIDTH = 80
+LONGEST = 400  # characters of an error
 
 
 def parser() -> Parser:
@@ -32,17 +35,26 @@ def parser() -> Parser:
 
 
 def main() -> None:
+    """Print the table; exit code 2 and one line for a mistake."""
+    prepare_streams()
     try:
         given = parser().parse(sys.argv[1:])
         comparison, unfinished = compare_folders(given.folders)
+        if given.to is not None:
+            comparison.write(given.to)
     except (UsageError, FlagError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
     for folder in unfinished:
-        print(f"{folder} is not a finished run and is left out", file=sys.stderr)
+        print(printable(f"{folder} is not a finished run and is left out"), file=sys.stderr)
     print(comparison.markdown())
-    if given.to is not None:
-        comparison.write(given.to)
+
+
+def _fail(message: str) -> NoReturn:
+    line = printable(message)
+    print(f"error: {line if len(line) <= LONGEST else line[:LONGEST] + '...'}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

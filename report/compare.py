@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from core.errors import UsageError
 from report.figures import comparison_plot
 from report.tables import STATUSES, Summary, cell, entries_of, sort_key, table
+from utils.files import is_sealed, read_json, write_bytes
 
 Point = Mapping[str, str]  # what was varied, by name, in the order of the columns
 
@@ -61,8 +61,8 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """Write table.md, table.csv and plot.png in `folder`, which is made if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(self.markdown() + "\n")
-        (folder / "table.csv").write_text(self.csv())
+        write_bytes(folder / "table.md", (self.markdown() + "\n").encode())
+        write_bytes(folder / "table.csv", self.csv().encode())
         comparison_plot(folder / "plot.png", self.points, self.summaries)
 
 
@@ -86,15 +86,11 @@ def compare_folders(paths: Sequence[Path]) -> tuple[Comparison, list[Path]]:
     Raises UsageError if there is no finished run.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _run_folders(path)))
-    unfinished = [folder for folder in folders if not (folder / "done").exists()]
-    finished = [folder for folder in folders if (folder / "done").exists()]
-    if not finished:
+    found = {folder: _load(folder) for folder in folders}
+    unfinished = [folder for folder, run in found.items() if run is None]
+    loaded = [run for run in found.values() if run is not None]
+    if not loaded:
         raise UsageError(f"there is no finished run in {', '.join(map(str, paths))}")
-    loaded = []
-    for folder in finished:
-        config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-        flags = {"weights": config["weights"]} | config["flags"]
-        loaded.append((flags, config["hyperparameters"], summary, folder.name))
     flag_names = _differing([flags for flags, *_ in loaded])
     own_names: dict[str, None] = {}
     for attack in dict.fromkeys(summary["attack"] for _, _, summary, _ in loaded):
@@ -109,6 +105,21 @@ def compare_folders(paths: Sequence[Path]) -> tuple[Comparison, list[Path]]:
     order = sorted(range(len(points)), key=lambda i: [sort_key(value) for value in points[i].values()])
     ordered = Comparison([points[i] for i in order], [loaded[i][2] for i in order], [loaded[i][3] for i in order])
     return ordered, unfinished
+
+
+def _load(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Summary, str] | None:
+    """Flags, hyperparameters, summary and name of a finished run; None if it is not finished or damaged."""
+    if not (folder / "done").is_file():
+        return None
+    if (folder / "done").stat().st_size and not is_sealed(folder, "done"):  # earlier versions left it empty
+        return None
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    flags, own, psnr = config.get("flags"), config.get("hyperparameters"), summary.get("psnr")
+    if not (isinstance(flags, dict) and isinstance(own, dict) and isinstance(summary.get("attack"), str)):
+        return None
+    if psnr is not None and not (isinstance(psnr, dict) and {"mean", "std", "median"} <= psnr.keys()):
+        return None
+    return {"weights": config.get("weights")} | flags, own, summary, folder.name
 
 
 def _run_folders(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from core.errors import UsageError
+from core.hyperparameters import check_number
 from core.protocol import Recipe, Update
 from defenses.base import canonical
 
@@ -71,4 +72,5 @@ def _convert(name: str, text: str, hint: Any) -> Any:
         raise UsageError(f"`believe`: {name} cannot be {text!r}") from None
     if isinstance(value, int | float) and not (value > 0 or (value == 0 and name in ("momentum", "weight_decay"))):
         raise UsageError(f"`believe`: {name} must be positive, not {text}")
+    check_number("believe", value)
     return value

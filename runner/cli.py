@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import os
 import re
+import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,6 +16,9 @@ from core.paths import ROOT
 from core.registry import Registry
 from runner.flags import Common
 from utils.flags import FlagError, Parser, add_flags, given
+from utils.memory import is_out_of_memory
+from utils.signals import stopped_by_signals
+from utils.terminal import prepare_streams, printable
 
 F = TypeVar("F")
 
@@ -111,9 +113,11 @@ def run_script(flags_cls: type[F], run: Any, description: str | None = None) -> 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """End a command with one line: exit code 2 for a mistake of the user, 130 for Ctrl-C."""
+    """End a command with one line: exit code 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM."""
+    prepare_streams()
     try:
-        yield
+        with stopped_by_signals():
+            yield
     except UsageError as error:
         fail(as_flags(str(error)))
     except OSError as error:  # a full disk, a folder that was removed
@@ -123,18 +127,19 @@ def user_errors() -> Iterator[None]:
         line = "error: a worker process died (out of memory?); the same command continues the run, --jobs 1 needs less"
         print(line, file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues the run", file=sys.stderr, flush=True)
-        # Python waits for a worker that was interrupted while it started, which may not end: this waits no longer
-        deadline = threading.Timer(3.0, os._exit, (130,))
-        deadline.daemon = True
-        deadline.start()
-        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("there is not enough memory: lower the size of what the flags ask for, or `jobs`")
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print("\ninterrupted: the same command continues the run", file=sys.stderr, flush=True)
+        raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

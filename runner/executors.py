@@ -30,6 +30,7 @@ from core.paths import ROOT
 from core.protocol import Batch, Observation, Reconstruction, Task
 from core.rng import stream
 from runner import workers
+from runner.scratch import scratch_folder
 from runner.store import Store
 from utils.memory import disable_malloc_trim
 
@@ -71,6 +72,8 @@ class TrialRunner:
 
     def reconstruct(self, observation: Observation, index: int, on_progress: Progress) -> Result:
         """Run the attack from where it last saved its state, if it did, and its comparison attack."""
+        if not is_finite(observation):
+            return self._diverged(observation)
         disable_malloc_trim()
         checkpoint = self.store.trial_checkpoint(index)
         state = checkpoint.load(observation.update.device)
@@ -88,6 +91,12 @@ class TrialRunner:
         with tracking(Tracker(on_progress)):
             return Result(reconstruction, self._run(comparison, observation, "companion", index), seconds)
 
+    def _diverged(self, observation: Observation) -> Result:
+        """No reconstruction, without a call of the attack: no attack can read numbers that are not there."""
+        nothing = Reconstruction(torch.zeros(0, *observation.task.domain.shape), status="diverged")
+        compared = self.attack.comparison_attack(observation.update.kind) is not None
+        return Result(nothing, nothing if compared else None, 0.0)
+
     def _run(self, attack: Attack, observation: Observation, purpose: str, index: int) -> Reconstruction:
         found = attack.reconstruct(observation, stream(self.seed, purpose, index))
         return detached(attack, found, observation.task)
@@ -98,6 +107,12 @@ class TrialRunner:
         public = None if self.public is None else self.public.to(observation.update.device)
         observation = dataclasses.replace(observation, public=public)
         return pickle.dumps(self.reconstruct(observation, index, on_progress))
+
+
+def is_finite(observation: Observation) -> bool:
+    """Whether the update and the broadcast model hold finite numbers only; training that diverges leaves others."""
+    tensors = (*observation.update.tensors.values(), *observation.model.state_dict().values())
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
 def detached(attack: Attack, found: Any, task: Task) -> Reconstruction:
@@ -153,7 +168,7 @@ def run_in_workers(runner: TrialRunner, jobs: Iterator[Job], listen: Listener, c
     context = workers.context()
     progress = context.Queue()
     # by file: a large argument would delay each worker's start until the previous one is up
-    shared = tempfile.NamedTemporaryFile(suffix=".pickle")  # noqa: SIM115
+    shared = tempfile.NamedTemporaryFile(suffix=".pickle", dir=scratch_folder())  # noqa: SIM115
     pickle.dump(runner, shared)
     shared.flush()
     pending: dict[Future[bytes], Job] = {}

@@ -65,6 +65,7 @@ class Experiment:
         count = self.beliefs.num_examples or self.source.num_examples
         if self.beliefs.num_examples and flags.grant == "labels":
             raise UsageError("`grant=labels` tells the attacker how many images there are: leave out `believe`")
+        recipe.steps(count)  # raises UsageError for too many
         self.attack.check(self.model, self.task, recipe, self.source.kind, count)
         if flags.public == "none" and "public" in self.attack.requirements():
             raise UsageError(f"{command.attack_name} needs public images, and `public=none` withholds them")

@@ -62,7 +62,7 @@ def execute(experiment: Experiment) -> dict[str, Any]:
         experiment.attack.prepare(experiment.task, experiment.public_on_device, metadata)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(store.writing(experiment.config(), experiment.flags.force))
+            stack.enter_context(store.writing(experiment.config(), experiment.flags.trials, experiment.flags.force))
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(f"cannot write results to {experiment.flags.out}: {reason}; see `out`") from None

@@ -16,6 +16,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
 from core.paths import ROOT
+from runner.scratch import handed_over
+from utils.signals import STOPPING
 
 # command lines that need no workers
 NO_WORKERS = re.compile(r"(^|\s)(-h|--help|--(jobs|trials)[ =]1|--backend[ =]ray)(\s|$)")
@@ -36,8 +38,8 @@ def context() -> BaseContext:
     """The context that makes workers and their queues; starts the fork server if there is none."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    forkserver.set_forkserver_preload(["runner.run"])
-    with _in_project_root(), _ignore_sigint():
+    forkserver.set_forkserver_preload(["runner.scratch", "runner.run"])
+    with _in_project_root(), _ignore_signals(), handed_over():
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
@@ -54,13 +56,14 @@ def _in_project_root() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ignore_sigint() -> Iterator[None]:
-    """Ignore SIGINT while the fork server starts: its children inherit that, and the main process ends them."""
+def _ignore_signals() -> Iterator[None]:
+    """Ignore signals while the fork server starts: its children inherit that, and end with the main process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 from attacks.base import ATTACKS
@@ -20,6 +24,7 @@ from federated.client import gradient, train
 from models import build
 from models.generators import store, training, vae, wgan
 from models.generators.base import ClassPCA, Generator
+from models.generators.store import WEIGHTS
 from runner.experiment import public_batch
 from tests.commands import in_process, only_run, rows, shell
 from tests.test_attacks import smooth_pictures
@@ -96,9 +101,9 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
 def test_a_generator_is_trained_once_for_the_same_images(checkpoints: Path) -> None:
     config = store.make_config("vae", latent_dim=4, steps=2, width=4)
     _, folder = store.load_or_train(config, public_images(12), 3, {"dataset": "pictures"})
-    written = (folder / "generator.safetensors").stat().st_mtime_ns
+    written = (folder / WEIGHTS).stat().st_mtime_ns
     assert store.load_or_train(config, public_images(12), 3)[1] == folder
-    assert (folder / "generator.safetensors").stat().st_mtime_ns == written
+    assert (folder / WEIGHTS).stat().st_mtime_ns == written
     facts = store.manifest(folder)
     assert (facts["dataset"], facts["images"], facts["config"].seed) == ("pictures", 12, 0)
     assert facts["config"] == config
@@ -111,12 +116,74 @@ def test_a_generator_is_trained_once_for_the_same_images(checkpoints: Path) -> N
     assert store.load_or_train(dataclasses.replace(config, seed=1), public_images(12), 3)[1] != folder
 
 
-def test_a_damaged_generator_is_refused(checkpoints: Path) -> None:
-    _, folder = store.load_or_train(store.make_config("vae", latent_dim=4, steps=1, width=4), public_images(12), 3)
-    tensors = folder / "generator.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-100])
-    with pytest.raises(UsageError, match="damaged"):
-        store.load(folder)
+def flip(content: bytes) -> bytes:
+    return content[:-50] + bytes([content[-50] ^ 1]) + content[-49:]
+
+
+def edited(**facts: object) -> Callable[[Path], object]:
+    """The manifest with other entries; `None` removes the checksum, as in manifests of other programs."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | facts).items() if v is not None}))
+
+    return edit
+
+
+def configured(**settings: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "manifest.json").read_text())["config"]
+        edited(config=config | settings)(folder)
+
+    return edit
+
+
+def not_finite(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    save_file({n: t * torch.nan if t.is_floating_point() else t for n, t in state.items()}, folder / WEIGHTS)
+    edited(checksum=None)(folder)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda folder: os.truncate(folder / WEIGHTS, 2000), "damaged"),
+    "a flipped bit": (lambda f: (f / WEIGHTS).write_bytes(flip((f / WEIGHTS).read_bytes())), "damaged"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "damaged"),
+    "a pipe": (lambda folder: ((folder / WEIGHTS).unlink(), os.mkfifo(folder / WEIGHTS)), "damaged"),
+    "not finite": (not_finite, "not finite"),
+    "endless classes": (edited(classes=math.inf), "holds no generator"),
+    "too wide for any memory": (configured(width=10**12), "damaged"),
+    "wider than it was": (configured(width=8), "damaged"),
+    "no width": (configured(width=0), "holds no generator"),
+    "unknown units": (configured(output_normalization="x"), "holds no generator"),
+    "a module": (configured(kind="os.system"), "holds no generator"),
+    "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "holds no generator"),
+    "no text": (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "holds no generator"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_generator_is_refused_or_trained_again(damage: str, checkpoints: Path) -> None:
+    config, public = store.make_config("vae", latent_dim=4, steps=1, width=4), public_images(12)
+    whole, folder = store.load_or_train(config, public, 3)
+    edit, message = DAMAGE[damage]
+    edit(folder)
+    task = image_task((3, 16, 16), 3)
+    for read in (store.load, lambda place: store.check_compatible(place, task)):
+        with pytest.raises(UsageError, match=message):
+            read(folder)
+    again, place = store.load_or_train(config, public, 3)
+    assert place == folder
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("state", [b"", b"5", b"\x80\x04junk", b"PK\x03\x04"])
+def test_a_damaged_state_starts_the_training_anew(state: bytes, checkpoints: Path) -> None:
+    config, public = store.make_config("vae", latent_dim=4, steps=1, width=4), public_images(12)
+    whole, folder = store.load_or_train(config, public, 3)
+    (folder / WEIGHTS).unlink()
+    (folder / "state.pt").write_bytes(state)
+    again, _ = store.load_or_train(config, public, 3)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
 def test_random_images_follow_the_label_and_latents_are_whitened(checkpoints: Path) -> None:

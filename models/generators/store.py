@@ -5,21 +5,22 @@ manifest.json, samples.png (random images of the first classes, a row for each) 
 which an interrupted training continues.
 """
 
+import contextlib
 import hashlib
 import inspect
-import json
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from core.errors import UsageError
@@ -29,8 +30,9 @@ from models.generators import parts, training
 from models.generators.base import Generator
 from models.generators.parts import KINDS, GeneratorConfig, OutputNormalization
 from models.generators.training import train
-from utils.files import digest, write_atomically, write_json
+from utils.files import digest, read_json, write_atomically, write_bytes, write_json
 
+WEIGHTS = "generator.safetensors"
 SAMPLED_CLASSES, SAMPLES_PER_CLASS = 10, 10  # rows and columns of samples.png
 
 
@@ -65,56 +67,92 @@ def load_or_train(
     second process that asks for the same generator waits for the first.
     """
     folder = checkpoint_dir() / f"{config.kind}-{_key(config, public, classes)}"
-    if not (folder / "generator.safetensors").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not (folder / "generator.safetensors").exists():
-                _train(config, public, classes, folder, metadata or {})
-    return load(folder, public.examples.device), folder
+    device = public.examples.device
+    with contextlib.suppress(UsageError):  # not trained yet
+        return load(folder, device), folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        with contextlib.suppress(UsageError):  # another process has trained it meanwhile
+            return load(folder, device), folder
+        if (folder / WEIGHTS).exists():
+            print(f"the generator in {folder} is damaged and is trained again", file=sys.stderr)
+        _train(config, public, classes, folder, metadata or {})
+        return load(folder, device), folder
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> Generator:
-    """The generator in `folder`, in eval mode, without `requires_grad`. Raises UsageError if it cannot be read."""
+    """The generator in `folder`, in eval mode, without `requires_grad`.
+
+    Raises UsageError if it cannot be read, if its weights are not those it was saved with, or if they are not finite.
+    """
     facts = manifest(folder)
-    config = facts["config"]
+    path = folder / WEIGHTS
+    damaged = UsageError(
+        f"the generator in {folder} is incomplete or damaged: train it again with experiments/prior.sh"
+    )
+    if not path.is_file():
+        raise damaged
     try:
-        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are drawn from the stream
-            generator = KINDS[config.kind].trainer.generator_class(config, facts["image_shape"], facts["classes"])
-        generator.load_state_dict(load_file(folder / "generator.safetensors", device=str(device)))
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
-        raise UsageError(
-            f"the generator in {folder} is incomplete or damaged: train one with experiments/prior.sh"
-        ) from None
+        content = path.read_bytes()
+        if facts.get("checksum", _checksum(content)) != _checksum(content):
+            raise damaged
+        state = load_tensors(content)
+        with torch.device("meta"):  # without memory: a manifest may ask for more than the weights need
+            expected = _build(facts).state_dict()
+        if _layout(expected) != _layout(state):
+            raise damaged
+        generator = _build(facts)
+        generator.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError):
+        raise damaged from None
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UsageError(f"the generator in {folder} has weights that are not finite: train another one")
     return generator.to(device).eval().requires_grad_(False)
+
+
+def _build(facts: Mapping[str, Any]) -> Generator:
+    """A generator as a manifest describes it, with weights that are to be replaced."""
+    config: GeneratorConfig = facts["config"]
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn from the global stream
+        return KINDS[config.kind].trainer.generator_class(config, facts["image_shape"], facts["classes"])
+
+
+def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """The facts about the generator in `folder`. Raises UsageError if there is none.
 
-    "config" is its GeneratorConfig, "image_shape" (C, H, W), "classes" their number and "data" the `data_digest` of the
-    images it was trained on. The rest is for information: number of images and parameters, last loss, seconds, and
-    the metadata given to `load_or_train`.
+    "config" is its GeneratorConfig, "image_shape" (C, H, W), "classes" their number, "data" the `data_digest` of the
+    images it was trained on and "checksum" that of its weights. The rest is for information: number of images and
+    parameters, last loss, seconds, and the metadata given to `load_or_train`.
     """
+    facts = read_json(folder / "manifest.json")
     try:
-        facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        channels, height, width = facts["image_shape"]
-        return facts | {
-            "image_shape": (int(channels), int(height), int(width)),
-            "classes": int(facts["classes"]),
-            "config": GeneratorConfig(**facts["config"]),
-            "data": str(facts["data"]),
-        }
-    except (OSError, ValueError, LookupError, TypeError):
+        shape, config = facts["image_shape"], GeneratorConfig(**facts["config"])
+        counts = [*shape, facts["classes"], config.latent_dim, config.steps, config.width, config.batch_size]
+        if len(shape) != 3 or not all(type(n) is int and n > 0 for n in counts):
+            raise ValueError(f"{counts} are not all positive")
+        if config.output_normalization not in get_args(OutputNormalization) or config.kind not in KINDS:
+            raise ValueError(f"unknown: {config.output_normalization} or {config.kind}")
+        return facts | {"image_shape": tuple(shape), "config": config, "data": str(facts["data"])}
+    except (ValueError, LookupError, TypeError):
         raise UsageError(f"{folder} holds no generator: train one with experiments/prior.sh") from None
 
 
 def check_compatible(folder: Path, task: Task, public: Batch | None = None) -> dict[str, Any]:
     """The manifest of the generator in `folder`.
 
-    Raises UsageError unless the generator makes images of this task's shape and number of classes and, if `public` is
-    given, was trained on exactly these images.
+    Raises UsageError unless the generator can be loaded, makes images of this task's shape and number of classes and,
+    if `public` is given, was trained on exactly these images.
     """
     facts = manifest(folder)
+    load(folder)  # before anything is written
     shape, classes = facts["image_shape"], facts["classes"]
     if (shape, classes) != (task.domain.shape, task.num_classes):
         expected = "x".join(map(str, task.domain.shape))
@@ -150,6 +188,10 @@ def _train(config: GeneratorConfig, public: Batch, classes: int, folder: Path, m
     """Train a generator and write everything that its folder holds."""
     checkpoint = folder / "state.pt"
     generator, last_loss, seconds = train(config, public, classes, checkpoint)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UsageError(f"the training of the {config.kind} generator diverged: its weights are not finite")
+    content = save_tensors(tensors)
     write_atomically(folder / "samples.png", partial(_save_samples, generator, classes))
     facts = {
         "config": asdict(config),
@@ -160,13 +202,13 @@ def _train(config: GeneratorConfig, public: Batch, classes: int, folder: Path, m
         "parameters": sum(p.numel() for p in generator.parameters()),
         "last_loss": last_loss,
         "seconds": round(seconds, 1),
+        "checksum": _checksum(content),
         "torch": torch.__version__,
         **metadata,
     }
     write_json(folder / "manifest.json", facts)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
     # last: where this file exists, everything else does
-    write_atomically(folder / "generator.safetensors", partial(save_file, tensors))
+    write_bytes(folder / WEIGHTS, content)
     checkpoint.unlink(missing_ok=True)
 
 

@@ -1,11 +1,8 @@
 """The training of a generator to its last step, with checkpoints and a progress bar."""
 
-import contextlib
 import math
-import pickle
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +12,7 @@ from tqdm import tqdm
 from core.protocol import Batch
 from models.generators.base import Generator
 from models.generators.parts import KINDS, GeneratorConfig
-from utils.files import write_atomically
+from utils.states import load_state, save_state
 
 SAVE_EVERY = 20.0  # seconds between two checkpoints of a training
 
@@ -49,8 +46,7 @@ def _train_on_one_thread(config: GeneratorConfig, public: Batch, classes: int, c
     stateful = trainer.stateful()
     done, seconds_before = 0, 0.0
     # training starts from the beginning if there is no checkpoint or it is damaged
-    with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
-        saved = torch.load(checkpoint, map_location=public.examples.device, weights_only=True)
+    if saved := load_state(checkpoint, checkpoint.parent.name, public.examples.device):
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
         done, seconds_before = saved["done"], saved["seconds"]
@@ -69,6 +65,6 @@ def _train_on_one_thread(config: GeneratorConfig, public: Batch, classes: int, c
                 last_save = time.monotonic()
                 state: dict[str, Any] = {name: part.state_dict() for name, part in stateful.items()}
                 state |= {"done": done, "seconds": seconds_before + last_save - started, "rng": rng.get_state()}
-                write_atomically(checkpoint, partial(torch.save, state))
+                save_state(checkpoint, checkpoint.parent.name, state)
     trainer.finish()
     return Trained(trainer.generator.eval(), loss, seconds_before + time.monotonic() - started)

@@ -1,6 +1,6 @@
 """Networks by name. A builder's keyword-only arguments are the options it takes, with its own defaults."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from core.errors import UsageError
 from core.registry import Registry
+from utils.memory import total_memory
 
 Shape = tuple[int, int, int]  # (C, H, W)
 Builder = Callable[..., nn.Module]
@@ -64,8 +65,21 @@ def build(
     if channels < 1 or min(height, width) < entry.smallest:
         least = f"{max(channels, 1)}x{entry.smallest}x{entry.smallest}"
         raise UsageError(f"{name} needs images of at least {least}, not {channels}x{height}x{width}")
+    if units is not None:
+        _check_memory(entry, image_shape, num_classes, given)
     if rng is None:
         return entry.builder(image_shape, num_classes, **given)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
         return entry.builder(image_shape, num_classes, **given)
+
+
+def _check_memory(entry: Entry, image_shape: Shape, num_classes: int, given: Mapping[str, object]) -> None:
+    """Raise UsageError if the weights alone, in float32, would not fit in the memory of this machine."""
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in entry.builder(image_shape, num_classes, **given).parameters())
+    except (RuntimeError, TypeError, OverflowError):  # more than 2^63 numbers
+        count = 1 << 63
+    if 4 * count > total_memory():
+        raise UsageError(f"`width={given['width']}`: the weights do not fit in this machine's memory; lower it")

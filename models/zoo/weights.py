@@ -38,7 +38,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         if found.is_floating_point() != tensor.is_floating_point() or found.layout != torch.strided:
             kinds = f"{found.dtype} ({found.layout}), not {tensor.dtype} ({tensor.layout})"
             raise UsageError(f"`weights={path}` belongs to another model: {name} is {kinds}")
-        if found.is_meta or not found.isfinite().all():
+        if found.is_meta or not found.to(tensor.dtype).isfinite().all():
             raise UsageError(f"`weights={path}` is not a trained model: {name} has values that are not finite")
     for name in state:
         if name not in expected:
@@ -49,6 +49,8 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """The state dict in a file. Raises UsageError if there is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"cannot read `weights={path}`: it is not a regular file")
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
