@@ -266,6 +266,13 @@ ENTRIES = (
         always=True,
     ),
     Entry(
+        "guarantee",
+        "guarantee",
+        lambda s: _guarantee(s["guarantee"]),
+        "differential privacy of one update: the unit that is protected, epsilon at delta, and the largest share of "
+        "victims that any attack can identify among as many candidates; or why there is no formal guarantee",
+    ),
+    Entry(
         "test accuracy",
         "accuracy",
         lambda s: number(s["accuracy"], 3),
@@ -291,6 +298,14 @@ ENTRIES = (
         "facts about the victims that the attacker was given",
     ),
 )
+
+
+def _guarantee(found: Mapping[str, Any]) -> str:
+    if found["unit"] is None:
+        return str(found["reason"])
+    text = f"epsilon {found['epsilon']:.3g} at delta {found['delta']:g} for a {found['unit']}"
+    return text + (f", identified <= {found['identified_bound']:.3f}" if "identified_bound" in found else "")
+
 
 METRIC_HELP: dict[str, str] = {
     **{entry.label: f"{entry.help} (`{entry.key}` in summary.json)" for entry in ENTRIES},

@@ -16,6 +16,7 @@ from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
 from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
+from evaluation.guarantees import guarantee, with_bound
 from evaluation.metrics import Lpips
 from evaluation.summary import summarize
 from evaluation.verdict import outcome
@@ -201,6 +202,10 @@ class _Run:
         if comparison is not None:
             summary["companion"] = comparison.name
         summary["verdict"] = outcome(summary)
+        source = experiment.source
+        found = with_bound(guarantee(source.recipe, source.kind, source.rounds or 1), summary["identified"])
+        if found is not None:
+            summary["guarantee"] = found
         if self.rounds:
             losses = [record["loss"] for record in self.rounds]
             summary["accuracy"] = self.rounds[-1]["accuracy"]
