@@ -176,18 +176,18 @@ def _overrides(step: Defense, hook: str) -> bool:
     return getattr(type(step), hook) is not getattr(Defense, hook)
 
 
-def with_bound(found: Mapping[str, Any] | None, identified: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A guarantee with the bound on the share of victims that any attack identifies among as many candidates.
+def identified_bound(found: Mapping[str, Any], identified: Mapping[str, Any] | None) -> dict[str, float]:
+    """{"identified_bound": ...}: the share of victims that any attack identifies at most; {} without a guarantee.
 
-    identified: the entry of summary.json. A measured share whose whole 95% interval exceeds the bound is a mistake of
-    the noise or of the accounting, and fails the run.
+    found: a guarantee. identified: the entry of summary.json, among as many candidates. A measured share whose whole
+    95% interval exceeds the bound is a mistake of the noise or of the accounting, and fails the run.
     """
-    if found is None or found["unit"] is None or identified is None:
-        return None if found is None else dict(found)
+    if found["unit"] is None or identified is None:
+        return {}
     bound = success_bound(1 / identified["candidates"], found["mu"])
     if identified["low"] > bound + 1e-9:
         raise AssertionError(
             f"{identified['share']:.3f} of the victims were identified among {identified['candidates']} candidates, "
             f"and {bound:.3f} is the bound: the noise or its accounting is wrong"
         )
-    return {**found, "identified_bound": bound, "candidates": identified["candidates"]}
+    return {"identified_bound": bound}

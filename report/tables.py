@@ -266,11 +266,20 @@ ENTRIES = (
         always=True,
     ),
     Entry(
+        "epsilon",
         "guarantee",
-        "guarantee",
-        lambda s: _guarantee(s["guarantee"]),
-        "differential privacy of one update: the unit that is protected, epsilon at delta, and the largest share of "
-        "victims that any attack can identify among as many candidates; or why there is no formal guarantee",
+        lambda s: (
+            "{epsilon:.3g} (delta {delta:g}, per {unit})".format(**s["guarantee"])
+            if s["guarantee"]["unit"]
+            else "no formal guarantee"
+        ),
+        "differential privacy of one update, and the unit that it protects",
+    ),
+    Entry(
+        "identified at most",
+        "identified_bound",
+        lambda s: number(s["identified_bound"], 3),
+        "bound by differential privacy on the share of victims that any attack identifies among as many candidates",
     ),
     Entry(
         "test accuracy",
@@ -298,14 +307,6 @@ ENTRIES = (
         "facts about the victims that the attacker was given",
     ),
 )
-
-
-def _guarantee(found: Mapping[str, Any]) -> str:
-    if found["unit"] is None:
-        return str(found["reason"])
-    text = f"epsilon {found['epsilon']:.3g} at delta {found['delta']:g} for a {found['unit']}"
-    return text + (f", identified <= {found['identified_bound']:.3f}" if "identified_bound" in found else "")
-
 
 METRIC_HELP: dict[str, str] = {
     **{entry.label: f"{entry.help} (`{entry.key}` in summary.json)" for entry in ENTRIES},

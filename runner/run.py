@@ -16,7 +16,7 @@ from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
 from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
-from evaluation.guarantees import guarantee, with_bound
+from evaluation.guarantees import guarantee, identified_bound
 from evaluation.metrics import Lpips
 from evaluation.summary import summarize
 from evaluation.verdict import outcome
@@ -203,9 +203,10 @@ class _Run:
             summary["companion"] = comparison.name
         summary["verdict"] = outcome(summary)
         source = experiment.source
-        found = with_bound(guarantee(source.recipe, source.kind, source.rounds or 1), summary["identified"])
+        found = guarantee(source.recipe, source.kind, source.rounds or 1)
         if found is not None:
             summary["guarantee"] = found
+            summary |= identified_bound(found, summary["identified"])
         if self.rounds:
             losses = [record["loss"] for record in self.rounds]
             summary["accuracy"] = self.rounds[-1]["accuracy"]
