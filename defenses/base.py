@@ -9,16 +9,17 @@ import math
 import re
 from abc import ABC
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import ClassVar, TypeVar
+from itertools import accumulate
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import UsageError
 from core.hyperparameters import hyperparameters
-from core.protocol import Batch, Update
+from core.protocol import LOSSES, Batch, Recipe, Task, Update
 from core.registry import Registry
 
 Tensors = tuple[Tensor, ...]  # one per parameter, in the order of model.parameters()
@@ -26,16 +27,72 @@ Gradient = tuple[Tensor | None, ...]  # likewise; None for a frozen or unused pa
 D = TypeVar("D", bound="type[Defense]")
 
 
+class Step(Protocol):
+    """One local step, as a defence of gradients sees it. Calling it computes the gradient of the mean loss."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The client's own copy."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """Model inputs (N, *shape)."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 or (N, num_classes) probabilities."""
+
+    def __call__(self) -> Gradient: ...
+
+    def only(self, chosen: Tensor) -> "Step":
+        """The same step on the examples at these indices."""
+
+    def loss(self) -> Tensor:
+        """The mean loss, with its graph."""
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """The step of a client without a defence. The loss of each call is appended to `losses`, if given."""
+
+    model: nn.Module
+    inputs: Tensor  # (N, *shape)
+    labels: Tensor  # (N,) int64 or (N, num_classes)
+    recipe: Recipe
+    losses: list[float] | None = None
+
+    def loss(self) -> Tensor:
+        return LOSSES[self.recipe.loss](self.model(self.inputs), self.labels)
+
+    def __call__(self) -> Gradient:
+        """None for a frozen or unused parameter."""
+        loss = self.loss()
+        if self.losses is not None:
+            self.losses.append(loss.item())
+        parameters = list(self.model.parameters())
+        trainable = [p for p in parameters if p.requires_grad]
+        grads = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
+        return tuple(next(grads) if p.requires_grad else None for p in parameters)
+
+    def only(self, chosen: Tensor) -> "PlainStep":
+        return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen])
+
+
 @dataclass(frozen=True)
 class Variable:
     """A variable that is optimised together with the examples.
 
-    init: its start value, any shape. step: its learning rate. project: maps its value to the nearest valid one.
+    init: its start value, any shape, or a function (model, number of examples) -> start value. step: its learning rate.
+    project: maps its value to the nearest valid one.
     """
 
-    init: Tensor
+    init: Tensor | Callable[[nn.Module, int], Tensor]
     step: float
     project: Callable[[Tensor], Tensor] = lambda value: value
+
+    def start(self, model: nn.Module, num_examples: int) -> "Variable":
+        """The same variable with a tensor as its start value."""
+        return self if isinstance(self.init, Tensor) else replace(self, init=self.init(model, num_examples))
 
 
 @dataclass(frozen=True)
@@ -45,13 +102,24 @@ class Counter:
     forward: the deterministic, differentiable part of the defence; the attacker applies it to the simulated update.
     weights: per entry of an update, how much it counts in the distance between two updates. noise: the standard
     deviation of the noise on an entry, None if unknown. variables: unknowns of the defence, which are optimised with
-    the examples and passed to `forward` behind the tensors.
+    the examples and passed behind the other arguments of `forward`, `batch` and `model`. batch: (examples, labels,
+    task) -> the examples and labels that the client computes on. model: sets the unknowns of a randomised model in the
+    attacker's own copy of it. per_example: what is done to the gradient of each example before the mean. misfit:
+    (simulated, observed) -> how unlikely the observed update is, in place of the attack's distance.
     """
 
     forward: Callable[..., Tensors] = lambda tensors, *variables: tuple(tensors)
     weights: Callable[[Tensors], Tensors] | None = None
     noise: float | None = 0.0
     variables: tuple[Variable, ...] = ()
+    batch: Callable[..., tuple[Tensor, Tensor]] | None = None
+    model: Callable[..., None] | None = None
+    per_example: Callable[[Tensors], Tensors] | None = None
+    misfit: Callable[[Tensors, Tensors], Tensor] | None = None
+
+    def start(self, model: nn.Module, num_examples: int) -> "Counter":
+        """The same counter, whose variables have tensors as start values."""
+        return replace(self, variables=tuple(v.start(model, num_examples) for v in self.variables))
 
 
 class Defense(ABC):
@@ -60,15 +128,25 @@ class Defense(ABC):
     name: ClassVar[str]  # set by `register`
     citation: ClassVar[str]
 
+    def on_architecture(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+        """The model that the whole federation trains. Called once, before the first broadcast.
+
+        Raises UsageError for a model that the defence does not apply to.
+        """
+        return model
+
     def on_model(self, model: nn.Module) -> nn.Module:
         """The model a client trains, from the one it received (its own copy)."""
         return model
 
-    def on_batch(self, batch: Batch, rng: torch.Generator) -> Batch:
-        """The examples and labels a client computes on, from its own."""
+    def on_batch(self, batch: Batch, task: Task, rng: torch.Generator) -> Batch:
+        """The examples and labels a client computes one step on, from its own.
+
+        Labels may be probabilities (N, num_classes) if examples are mixed.
+        """
         return batch
 
-    def on_gradient(self, gradient: Callable[[], Gradient], rng: torch.Generator) -> Gradient:
+    def on_gradient(self, gradient: Step, rng: torch.Generator) -> Gradient:
         """The gradient of one local step; `gradient()` computes the plain one."""
         return gradient()
 
@@ -79,6 +157,10 @@ class Defense(ABC):
     def on_aggregate(self, updates: Sequence[Update]) -> Sequence[Update]:
         """The updates a server sees, from those of a round's clients."""
         return updates
+
+    def visible_updates(self, clients: int) -> int:
+        """How many updates a server sees of a round with so many clients."""
+        return clients
 
     def counter(self) -> Counter:
         """What an attacker who knows this defence does differently."""
@@ -91,19 +173,25 @@ class Pipeline(Defense):
 
     steps: tuple[Defense, ...] = ()
 
+    def on_architecture(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+        for step in self.steps:
+            model = step.on_architecture(model, rng)
+        return model
+
     def on_model(self, model: nn.Module) -> nn.Module:
         for step in self.steps:
             model = step.on_model(model)
         return model
 
-    def on_batch(self, batch: Batch, rng: torch.Generator) -> Batch:
+    def on_batch(self, batch: Batch, task: Task, rng: torch.Generator) -> Batch:
         for step in self.steps:
-            batch = step.on_batch(batch, rng)
+            batch = step.on_batch(batch, task, rng)
         return batch
 
-    def on_gradient(self, gradient: Callable[[], Gradient], rng: torch.Generator) -> Gradient:
+    def on_gradient(self, gradient: Step, rng: torch.Generator) -> Gradient:
         for step in self.steps:
-            gradient = _applied(step, gradient, rng)
+            if type(step).on_gradient is not Defense.on_gradient:
+                gradient = _DefendedStep(step, gradient, rng)
         return gradient()
 
     def on_update(self, tensors: Tensors, rng: torch.Generator) -> Tensors:
@@ -116,11 +204,21 @@ class Pipeline(Defense):
             updates = step.on_aggregate(updates)
         return updates
 
+    def visible_updates(self, clients: int) -> int:
+        for step in self.steps:
+            clients = step.visible_updates(clients)
+        return clients
+
+    @property
+    def aggregates(self) -> bool:
+        """Whether the server sees no update of a single client."""
+        return any(type(step).on_aggregate is not Defense.on_aggregate for step in self.steps)
+
     def counter(self) -> Counter:
-        """The steps' forward functions in order.
+        """The steps' functions in order.
 
         Noise before a step without noise is left out (0): clipped noise, for example, is not Gaussian noise of known
-        size. Weights apply if one step alone has them.
+        size. Weights and misfits apply if one step alone has them.
         """
         counters = [step.counter() for step in self.steps]
         noise: float | None = 0.0
@@ -129,23 +227,77 @@ class Pipeline(Defense):
                 noise = None
             else:
                 noise = math.hypot(noise, own.noise) if own.noise else 0.0
-        weights = [own.weights for own in counters if own.weights is not None]
-        assert len(weights) <= 1, "two defences that both weight entries cannot be countered together"
-        counts = [len(own.variables) for own in counters]
+        variables = tuple(v for own in counters for v in own.variables)
+        ends = list(accumulate(len(own.variables) for own in counters))
+        parts = [(own, slice(end - len(own.variables), end)) for own, end in zip(counters, ends, strict=True)]
 
-        def forward(tensors: Tensors, *variables: Tensor) -> Tensors:
-            rest = list(variables)
-            for own, count in zip(counters, counts, strict=True):
-                tensors = own.forward(tensors, *rest[:count])
-                rest = rest[count:]
+        def forward(tensors: Tensors, *values: Tensor) -> Tensors:
+            for own, mine in parts:
+                tensors = own.forward(tensors, *values[mine])
             return tuple(tensors)
 
-        variables = tuple(v for own in counters for v in own.variables)
-        return Counter(forward, weights[0] if weights else None, noise, variables)
+        def batch(examples: Tensor, labels: Tensor, task: Task, *values: Tensor) -> tuple[Tensor, Tensor]:
+            for own, mine in parts:
+                if own.batch is not None:
+                    examples, labels = own.batch(examples, labels, task, *values[mine])
+            return examples, labels
+
+        def model(module: nn.Module, *values: Tensor) -> None:
+            for own, mine in parts:
+                if own.model is not None:
+                    own.model(module, *values[mine])
+
+        return Counter(
+            forward,
+            _only([own.weights for own in counters], "weight entries"),
+            noise,
+            variables,
+            batch if any(own.batch for own in counters) else None,
+            model if any(own.model for own in counters) else None,
+            _only([own.per_example for own in counters], "change the gradient of each example"),
+            _only([own.misfit for own in counters], "have a likelihood of their own"),
+        )
 
 
-def _applied(step: Defense, gradient: Callable[[], Gradient], rng: torch.Generator) -> Callable[[], Gradient]:
-    return lambda: step.on_gradient(gradient, rng)
+F = TypeVar("F")
+
+
+def _only(functions: Sequence[F | None], what: str) -> F | None:
+    """The one function among `functions`, or None. Raises UsageError for two."""
+    found = [function for function in functions if function is not None]
+    if len(found) > 1:
+        raise UsageError(f"two defences that both {what} cannot be countered together: choose `believe=defense=none`")
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class _DefendedStep:
+    """A local step as the next defence of gradients sees it."""
+
+    defense: Defense
+    inner: Step
+    rng: torch.Generator
+
+    def __call__(self) -> Gradient:
+        return self.defense.on_gradient(self.inner, self.rng)
+
+    def only(self, chosen: Tensor) -> "_DefendedStep":
+        return replace(self, inner=self.inner.only(chosen))
+
+    def loss(self) -> Tensor:
+        return self.inner.loss()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.inner.model
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.inner.inputs
+
+    @property
+    def labels(self) -> Tensor:
+        return self.inner.labels
 
 
 DEFENSES: Registry[type[Defense]] = Registry("defence", package="defenses")
@@ -212,6 +364,8 @@ def _convert(name: str, usage: str, text: str, like: object) -> object:
     try:
         if isinstance(like, bool):
             return {"true": True, "false": False}[text.lower()]
+        if isinstance(like, str):
+            return text.strip("'\"")
         return type(like)(text)  # type: ignore[call-arg]
     except (ValueError, KeyError):
         raise UsageError(f"`defense`: {name} cannot take {text!r}; write {usage}") from None

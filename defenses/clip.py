@@ -18,10 +18,15 @@ class Clip(Defense):
     bound: float = hp(1.0, "largest l2 norm of an update", gt=0)
 
     def on_update(self, tensors: Tensors, rng: torch.Generator | None = None) -> Tensors:
-        norm = torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
-        scale = (self.bound / norm.clamp(min=1e-30)).clamp(max=1)
-        return tuple(t * scale for t in tensors)
+        return clipped(tensors, self.bound)
 
     def counter(self) -> Counter:
         """Clipping is deterministic: the attacker clips the update of its guess as well."""
         return Counter(forward=self.on_update)
+
+
+def clipped(tensors: Tensors, bound: float) -> Tensors:
+    """The tensors, scaled to a norm of at most `bound` over all of them."""
+    norm = torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
+    scale = (bound / norm.clamp(min=1e-30)).clamp(max=1)
+    return tuple(t * scale for t in tensors)

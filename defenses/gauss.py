@@ -18,8 +18,13 @@ class Gauss(Defense):
     sigma: float = hp(0.01, "standard deviation of the noise on an entry", gt=0)
 
     def on_update(self, tensors: Tensors, rng: torch.Generator) -> Tensors:
-        return tuple(t + self.sigma * torch.randn(t.shape, generator=rng).to(t) for t in tensors)
+        return with_noise(tensors, self.sigma, rng)
 
     def counter(self) -> Counter:
         """The noise is unknown; its standard deviation is not."""
         return Counter(noise=self.sigma)
+
+
+def with_noise(tensors: Tensors, std: float, rng: torch.Generator) -> Tensors:
+    """The tensors plus independent Gaussian noise of standard deviation `std`."""
+    return tuple(t + std * torch.randn(t.shape, generator=rng).to(t) for t in tensors)

@@ -1,14 +1,13 @@
 """An honest client: it computes on its own examples and sends only an `Update`."""
 
 import copy
-from functools import partial
 
 import torch
 from torch import nn
 
-from core.protocol import LOSSES, Batch, Kind, Recipe, Task, Update, by_name
+from core.protocol import Batch, Kind, Recipe, Task, Update, by_name
 from core.rng import seeded_global_rng
-from defenses.base import Gradient, Pipeline, Tensors, parse
+from defenses.base import Gradient, Pipeline, PlainStep, Tensors, parse
 
 
 def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> Update:
@@ -18,9 +17,8 @@ def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: to
     """
     defense = parse(recipe.defense)
     local = _private_copy(model, recipe, defense)
-    examples, labels = defense.on_batch(batch, rng)
     with seeded_global_rng(rng):
-        grads = defense.on_gradient(lambda: _gradient(local, task.domain.to_model(examples), labels, recipe), rng)
+        grads = _step(local, batch, task, recipe, defense, rng)
     tensors = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(local.parameters(), grads, strict=True))
     return _update("gradient", local, tensors, len(batch.labels), defense, rng)
 
@@ -35,15 +33,13 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
     local = _private_copy(model, recipe, defense)
     before = [p.detach().clone() for p in local.parameters()]
     optimizer = _optimizer(local, recipe)
-    examples, labels = defense.on_batch(batch, rng)
-    inputs = task.domain.to_model(examples)
     losses: list[float] = []
-    schedule = recipe.batches(len(labels), rng)
+    schedule = recipe.batches(len(batch.labels), rng)
     with seeded_global_rng(rng):
         for indices, lr in zip(schedule, recipe.learning_rates(len(schedule)), strict=True):
             optimizer.param_groups[0]["lr"] = lr
-            plain = partial(_gradient, local, inputs[indices], labels[indices], recipe, losses)
-            grads = defense.on_gradient(plain, rng)
+            minibatch = Batch(batch.examples[indices], batch.labels[indices])
+            grads = _step(local, minibatch, task, recipe, defense, rng, losses)
             for parameter, grad in zip(local.parameters(), grads, strict=True):
                 parameter.grad = grad
             optimizer.step()
@@ -51,16 +47,18 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
     return _update("delta", local, delta, len(batch.labels), defense, rng), sum(losses) / len(losses)
 
 
-def _gradient(
-    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, recipe: Recipe, losses: list[float] | None = None
+def _step(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    recipe: Recipe,
+    defense: Pipeline,
+    rng: torch.Generator,
+    losses: list[float] | None = None,
 ) -> Gradient:
-    """The plain gradient of a batch, None for a frozen or unused parameter; its loss is appended to `losses`."""
-    loss = LOSSES[recipe.loss](model(inputs), labels)
-    if losses is not None:
-        losses.append(loss.item())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    grads = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
-    return tuple(next(grads) if p.requires_grad else None for p in model.parameters())
+    """The defended gradient of one minibatch; losses are appended to `losses`."""
+    examples, labels = defense.on_batch(batch, task, rng)
+    return defense.on_gradient(PlainStep(model, task.domain.to_model(examples), labels, recipe, losses), rng)
 
 
 def _update(

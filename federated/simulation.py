@@ -146,9 +146,10 @@ class FedAvgSource:
         rounds, per_round = rounds or trials, clients_per_round or clients
         if per_round > clients:
             raise UsageError(f"`clients_per_round={per_round}` of `clients={clients}`: lower it")
-        if trials > rounds * per_round:
+        visible = parse(recipe.defense).visible_updates(per_round)
+        if -(-trials // rounds) > visible:
             raise UsageError(
-                f"`trials={trials}`, but {rounds} round(s) of {per_round} client(s) send only {rounds * per_round} "
+                f"`trials={trials}`, but {rounds} round(s) of {per_round} client(s) send only {rounds * visible} "
                 "updates: raise `rounds`"
             )
         if not len(dataset.test):
@@ -170,7 +171,8 @@ class FedAvgSource:
 
     @property
     def num_examples(self) -> int:
-        return max(map(len, self.parts))
+        visible = parse(self.recipe.defense).visible_updates(self.clients_per_round)
+        return max(map(len, self.parts)) * -(-self.clients_per_round // visible)
 
     def victims(self, seed: int) -> Tensor:
         """The private examples of all clients, attacked or not."""
@@ -185,7 +187,7 @@ class FedAvgSource:
             session.broadcast(recipe)
             chosen = sample_clients(len(self.parts), self.clients_per_round, stream(session.seed, "clients", number))
             targets = sorted(chosen, key=lambda k: (attacked[k], k))[: min(per_round, self.count - index)]
-            updates, losses = [], []
+            updates, losses, truths = [], [], []
             for trained, client in enumerate(chosen):
                 session.on_client(number, trained, len(chosen))
                 truth = self.private.take(self.parts[client]).to(session.device)
@@ -193,13 +195,25 @@ class FedAvgSource:
                 update, loss = train(session.model, truth, session.task, recipe, rng)
                 updates.append(update)
                 losses.append(loss)
-                if client in targets:
+                truths.append(truth)
+                if client in targets and not defense.aggregates:
                     attacked[client] += 1
                     origin = {"round": number, "client": client}
                     names = self.private.names_at(self.parts[client])
                     yield Trial(index, session.model, recipe, update, truth, origin, names)
                     index += 1
-            aggregate(session.model, defense.on_aggregate(updates))
+            visible = defense.on_aggregate(updates)
+            size = -(-len(updates) // len(visible))  # clients in an aggregate
+            for first, update in zip(range(0, len(chosen), size), visible, strict=True):
+                if defense.aggregates and index < self.count and first < size * per_round:
+                    members = chosen[first : first + size]
+                    union = Batch(*map(torch.cat, zip(*truths[first : first + size], strict=True)))
+                    names = self.private.names_at(torch.cat([self.parts[k] for k in members]))
+                    together = dataclasses.replace(recipe, batch_size=recipe.batch_size * len(members))
+                    origin = {"round": number, "client": members[0]}
+                    yield Trial(index, session.model, together, update, union, origin, names)
+                    index += 1
+            aggregate(session.model, visible)
             mean_loss = sum(losses) / len(losses)
             finite = mean_loss if math.isfinite(mean_loss) else None  # None: local training diverged
             session.on_round({"round": number, "loss": finite, "lr": recipe.lr})

@@ -81,6 +81,11 @@ class MetaModel:
             if layer in shapes and WinogradConv.is_applicable(layer, shapes[layer]):
                 WinogradConv.convert_(layer)
 
+    @property
+    def module(self) -> nn.Module:
+        """The private copy."""
+        return self._module
+
     def full_precision(self) -> "MetaModel":
         """The same model, with the same weights, whose convolutions compute in the dtype of their input."""
         if self._conv_dtype is None:

@@ -276,6 +276,22 @@ ENTRIES = (
         always=True,
     ),
     Entry(
+        "epsilon",
+        "guarantee",
+        lambda s: (
+            "{epsilon:.3g} (delta {delta:g}, per {unit})".format(**s["guarantee"])
+            if s["guarantee"]["unit"]
+            else "no formal guarantee"
+        ),
+        "differential privacy of one update, and the unit that it protects",
+    ),
+    Entry(
+        "identified at most",
+        "identified_bound",
+        lambda s: number(s["identified_bound"], 3),
+        "bound by differential privacy on the share of victims that any attack identifies among as many candidates",
+    ),
+    Entry(
         "test accuracy",
         "accuracy",
         lambda s: number(s["accuracy"], 3),

@@ -21,6 +21,7 @@ from core.paths import ROOT
 from core.protocol import Batch, Observation, Recipe
 from core.rng import stream
 from defenses.base import canonical
+from defenses.base import parse as parse_defense
 from federated.server import accuracy, pretrain
 from federated.simulation import Session, Source, Trial
 from models.winograd import has_bfloat16
@@ -82,6 +83,7 @@ class Experiment:
             width=flags.width,
             rng=stream(self.seed, "model"),
         )
+        model = parse_defense(flags.defense).on_architecture(model, stream(self.seed, "architecture"))
         if flags.weights is not None:
             models.load_weights(model, flags.weights)
         return model

@@ -16,6 +16,7 @@ from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
 from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext, score_trial
+from evaluation.guarantees import guarantee, identified_bound
 from evaluation.metrics import Lpips
 from evaluation.objective import objectives
 from evaluation.summary import summarize
@@ -209,6 +210,11 @@ class _Run:
         if comparison is not None:
             summary["companion"] = comparison.name
         summary["verdict"] = outcome(summary)
+        source = experiment.source
+        found = guarantee(source.recipe, source.kind, source.rounds or 1)
+        if found is not None:
+            summary["guarantee"] = found
+            summary |= identified_bound(found, summary["identified"])
         if self.rounds:
             losses = [record["loss"] for record in self.rounds]
             summary["accuracy"] = self.rounds[-1]["accuracy"]

@@ -3,6 +3,7 @@
 from core.errors import UsageError
 from core.protocol import Recipe
 from data import Dataset
+from defenses.base import parse
 from federated.simulation import FedAvgSource, GradientSource
 from runner.flags import Fed, Grad
 
@@ -20,6 +21,8 @@ def gradient_source(flags: Grad, dataset: Dataset) -> GradientSource:
             f"{flags.trials} trials with `batch_size={n}` need {n * flags.trials} private images, and {flags.dataset} "
             f"has {available}: lower `batch_size` or `trials`"
         )
+    if parse(flags.defense).aggregates:
+        raise UsageError("`defense=secagg` adds up clients, and a gradient has none: use main_fed.py")
     recipe = Recipe(batch_size=n, model_mode=flags.model_mode, defense=flags.defense)
     return GradientSource(dataset.private, recipe, flags.trials)
 

@@ -137,7 +137,9 @@ def full_summary() -> dict[str, Any]:
         rows += [{"trial": trial, **row} for row in score.rows]
         records.append({"seconds": 12345.678, **score.record})
     more = {"mode": "fed", "attack": "ig_weight", "dataset": "tiny_imagenet", "model": "convnet64"}
-    fed = {"accuracy": 0.512, "training_loss": 1.234, "companion": "ig_single"}
+    fed: dict[str, Any] = {"accuracy": 0.512, "training_loss": 1.234, "companion": "ig_single"}
+    fed["guarantee"] = {"unit": "client", "epsilon": 1234.5, "delta": 1e-5}
+    fed["identified_bound"] = 0.123
     notes = [f"folder: {'12 files, ' * 20}"]
     return more | summarize(rows, records) | fed | {"oracle": ["labels"], "notes": notes} | KNOWLEDGE
 
@@ -234,7 +236,7 @@ def test_a_csv_holds_numbers_and_empty_cells(tmp_path: Path) -> None:
     assert text + "\n" == (tmp_path / "table.md").read_text()
     assert (tmp_path / "plot.png").exists()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
-    words = {"attack", "mode", "dataset", "model", "companion", "oracle", "unit", "threat", "knows"}
+    words = {"attack", "mode", "dataset", "model", "companion", "oracle", "unit", "threat", "knows", "guarantee_unit"}
     for row, run in zip(rows, runs, strict=True):
         for key, value in row.items():
             assert key in words or value == "" or float(value) is not None

@@ -82,7 +82,7 @@ class GradientMatcher:
     @cached_property
     def counter(self) -> Counter:
         """What the attacker does about the defence that the recipe names."""
-        return parse(self.recipe.defense).counter()
+        return parse(self.recipe.defense).counter().start(self.meta.module, self.num_examples)
 
     def full_precision(self) -> "GradientMatcher":
         """The same matcher, whose fast convolutions compute in float32; itself if they do."""
@@ -99,12 +99,28 @@ class GradientMatcher:
         Labels are (N,) int64 or, to be differentiated, probabilities (N, num_classes). `unknowns` are values of the
         defence's own variables (`Counter.variables`).
         """
+        batches, count = (self.batches if self.unrolled else []), len(examples)
+        if self.counter.batch is not None:
+            examples, labels = self.counter.batch(examples, labels, self.task, *unknowns)
+            copies = range(0, len(examples), count)  # a defence may append copies of the whole batch
+            batches = [torch.cat([batch + start for start in copies]) for batch in batches]
+        if self.counter.model is not None:
+            self.counter.model(self.meta.module, *unknowns)
         inputs = self.task.domain.to_model(examples)
         if self.unrolled:
-            delta = self.meta.train(inputs, labels, self.batches, self.recipe, create_graph=torch.is_grad_enabled())
+            delta = self.meta.train(inputs, labels, batches, self.recipe, create_graph=torch.is_grad_enabled())
             return tuple(d / self.total_step_weight for d in self.counter.forward(delta, *unknowns))
-        ours = self.meta.gradient(inputs, labels, create_graph=torch.is_grad_enabled())
+        ours = self._gradient(inputs, labels)
         return self.defended(ours if self.is_gradient else self.adam_direction(ours), *unknowns)
+
+    def _gradient(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The mean gradient or, against a defence of each example's gradient, the mean of the defended ones."""
+        create_graph, per_example = torch.is_grad_enabled(), self.counter.per_example
+        if per_example is None:
+            return self.meta.gradient(inputs, labels, create_graph=create_graph)
+        pairs = zip(inputs.split(1), labels.split(1), strict=True)
+        grads = [per_example(self.meta.gradient(x, y, create_graph=create_graph)) for x, y in pairs]
+        return tuple(torch.stack(own).mean(0) for own in zip(*grads, strict=True))
 
     def defended(self, update: tuple[Tensor, ...], *unknowns: Tensor) -> tuple[Tensor, ...]:
         """The deterministic part of the defence, applied to an update on the scale of `target`."""
@@ -130,11 +146,15 @@ class GradientMatcher:
         cosine distance, scaled to the same units.
         """
         if self.recipe.optimizer == "adam" and not self.unrolled and not self.is_gradient:
-            return self.target_norm_sq * self.cosine_distance(examples, labels)
+            return self.target_norm_sq * self.cosine_distance(examples, labels, *unknowns)
+        if self.counter.misfit is not None:
+            return self.target_norm_sq * self.counter.misfit(self.simulate(examples, labels, *unknowns), self.target)
         return distances.squared_distance(*self._weighted(self.simulate(examples, labels, *unknowns)))
 
     def cosine_distance(self, examples: Tensor, labels: Tensor, *unknowns: Tensor) -> Tensor:
         """Inverting Gradients' objective, 1 - <g^, g*> / (||g^|| ||g*||) over all layers as one vector."""
+        if self.counter.misfit is not None:
+            return self.counter.misfit(self.simulate(examples, labels, *unknowns), self.target)
         return distances.cosine_distance(*self._weighted(self.simulate(examples, labels, *unknowns)))
 
     def relative_squared_distance(self, examples: Tensor, labels: Tensor) -> Tensor:

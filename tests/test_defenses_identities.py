@@ -1,0 +1,296 @@
+"""Every defence does exactly what its equation says, and where a real client would do it."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.errors import UsageError
+from core.protocol import Batch, Recipe, Update, image_task
+from defenses.base import DEFENSES, parse
+from defenses.mixup import beta
+from defenses.precode import Bottleneck, find_bottleneck
+from defenses.soteria import feature_sensitivity
+from federated.client import gradient, train
+from federated.server import aggregate
+from models import build
+from models.inspection import head_layer
+
+TASK = image_task((3, 8, 8), 4, (0.5,) * 3, (0.5,) * 3)
+ALL = [f"{name}()" for name in sorted(DEFENSES)]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(n: int, seed: int = 1) -> Batch:
+    return Batch(torch.rand(n, 3, 8, 8, generator=rng(seed)), torch.arange(n) % TASK.num_classes)
+
+
+def network(defense: str = "none", name: str = "lenet") -> nn.Module:
+    model = build(name, TASK.domain.shape, TASK.num_classes, rng=rng(3))
+    return parse(defense).on_architecture(model, rng(4))
+
+
+def entries(seed: int = 0) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape, generator=rng(seed)) for shape in ((20, 10), (30,), (4, 5, 5)))
+
+
+def flat(tensors: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+# --- equations ---
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_topk_sends_the_largest_entries_unchanged(share: float, scope: str) -> None:
+    tensors = entries()
+    sent = parse(f"topk(share={share}, scope={scope})").on_update(tensors, rng())
+    groups = [(flat(tensors), flat(sent))] if scope == "global" else list(zip(tensors, sent, strict=True))
+    for before, after in groups:
+        chosen = after != 0
+        assert chosen.sum() == math.ceil(share * before.numel())
+        assert torch.equal(after[chosen], before[chosen])
+        assert chosen.all() or before[chosen].abs().min() >= before[~chosen].abs().max()
+
+
+@pytest.mark.parametrize("norm", ["max", "l2"])
+def test_qsgd_sends_levels_and_its_mean_is_the_update(norm: str) -> None:
+    tensors, defense, draws = entries(), parse(f"qsgd(levels=4, norm={norm})"), rng()
+    sent = [defense.on_update(tensors, draws) for _ in range(400)]
+    for index, t in enumerate(tensors):
+        size = t.abs().max() if norm == "max" else t.norm()
+        levels = torch.stack([s[index] for s in sent]) * 4 / size
+        assert torch.allclose(levels, levels.round(), atol=1e-4)
+        assert (levels * t.sign() >= 0).all()
+        error = levels.mean(0) - t * 4 / size
+        assert error.abs().max() < 5 * 0.5 / math.sqrt(400)  # Bernoulli draws have a deviation of at most 1/2
+
+
+def test_sign_sends_one_bit_for_each_entry() -> None:
+    tensors = entries()
+    for size in (0.0, 0.3):
+        for t, s in zip(tensors, parse(f"sign(size={size})").on_update(tensors, rng()), strict=True):
+            assert torch.allclose(s, t.sign() * (size or t.abs().mean()))
+
+
+def test_laplace_noise_has_its_law() -> None:
+    (noise,) = parse("laplace(scale=0.3)").on_update((torch.zeros(200, 200),), rng())
+    assert noise.abs().mean().item() == pytest.approx(0.3, rel=0.02)
+    assert noise.std().item() == pytest.approx(0.3 * math.sqrt(2), rel=0.03)
+    assert (noise.abs() > 0.9).float().mean().item() == pytest.approx(math.exp(-3), rel=0.1)
+    assert parse("laplace(scale=0.3)").counter().noise == pytest.approx(0.3 * math.sqrt(2))
+
+
+def test_dpfedavg_bounds_the_update_and_adds_noise_in_units_of_the_bound() -> None:
+    tensors, defense = entries(), parse("dpfedavg(bound=0.5, sigma=0.2)")
+    sent = torch.stack([flat(defense.on_update(tensors, rng(seed))) for seed in range(200)])
+    assert sent.std(0).mean().item() == pytest.approx(0.1, rel=0.03)
+    expected = 0.5 * flat(tensors) / flat(tensors).norm()
+    assert (sent.mean(0) - expected).abs().max() < 5 * 0.1 / math.sqrt(200)
+
+
+def test_dpsgd_clips_every_example_and_divides_the_noise_by_their_number() -> None:
+    net, batch = network(), batch_of(3)
+    one_by_one = [flat(gradient(net, Batch(x, y), TASK, Recipe(1), rng()).ordered(net)) for x, y in rows(batch)]
+    bound = sorted(g.norm().item() for g in one_by_one)[1]  # one gradient is shorter
+    expected = torch.stack([g * min(1.0, bound / g.norm().item()) for g in one_by_one]).mean(0)
+
+    def sent(sigma: float, seed: int = 0) -> Tensor:
+        recipe = Recipe(3, defense=f"dpsgd(bound={bound}, sigma={sigma})")
+        return flat(gradient(net, batch, TASK, recipe, rng(seed)).ordered(net))
+
+    assert (sent(0.0) - expected).abs().max() < 1e-6
+    assert (sent(2.0) - expected).std().item() == pytest.approx(2 * bound / 3, rel=0.05)
+    assert flat(gradient(net, batch, TASK, Recipe(3), rng()).ordered(net)).norm() > expected.norm()
+
+
+def rows(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(batch.examples.split(1), batch.labels.split(1), strict=True))
+
+
+def test_dpsgd_refuses_batchnorm() -> None:
+    with pytest.raises(UsageError, match="`norm=group`"):
+        network("dpsgd()", "resnet20")
+
+
+def test_soteria_removes_the_columns_of_the_least_sensitive_features() -> None:
+    net, batch = network(), batch_of(2)
+    head = head_layer(net)
+    x = TASK.domain.to_model(batch.examples)
+    sensitivity = feature_sensitivity(net, head, x)
+
+    def features(one: Tensor) -> Tensor:
+        return net.get_submodule("body")(one[None])[0]
+
+    slow = torch.zeros_like(sensitivity)
+    for one in x:
+        jacobian = torch.autograd.functional.jacobian(features, one).flatten(1)
+        slow += jacobian.norm(dim=1) / (features(one).detach().abs() + 1e-10) / len(x)
+    assert torch.allclose(sensitivity, slow, rtol=1e-3)
+    plain = gradient(net, batch, TASK, Recipe(2), rng()).tensors
+    sent = gradient(net, batch, TASK, Recipe(2, defense="soteria(share=0.75)"), rng()).tensors
+    gone = sensitivity.argsort()[: int(0.75 * len(sensitivity))]
+    expected = plain["head.weight"].clone()
+    expected[:, gone] = 0
+    assert torch.equal(sent["head.weight"], expected)
+    assert all(torch.equal(sent[name], plain[name]) for name in plain if name != "head.weight")
+
+
+def test_mixup_mixes_images_and_labels_with_the_same_weights() -> None:
+    batch = batch_of(4)
+    mixed = parse("mixup(alpha=1.0)").on_batch(batch, TASK, rng())
+    weights = mixed.labels  # four images of four classes: row i holds the weights of mixture i
+    assert torch.allclose(weights.sum(1), torch.ones(4))
+    assert ((weights > 0).sum(1) <= 2).all()
+    expected = (weights @ batch.examples.flatten(1)).view_as(batch.examples)
+    assert torch.allclose(mixed.examples, expected, atol=1e-6)
+    draws = torch.tensor([beta(0.4, generator) for generator in [rng()] for _ in range(500)])
+    assert draws.mean().item() == pytest.approx(0.5, abs=0.06)
+    assert draws.var().item() == pytest.approx(0.25 / 1.8, rel=0.1)
+
+
+def test_instahide_is_a_mixture_up_to_the_signs_of_pixels() -> None:
+    batch = batch_of(4)
+    hidden = parse("instahide(images=3)").on_batch(batch, TASK, rng())
+    assert torch.allclose(hidden.labels.sum(1), torch.ones(4))
+    assert ((hidden.labels > 0).sum(1) == 3).all()
+    assert (hidden.labels <= 0.65).all()
+    mixture = (hidden.labels @ batch.examples.flatten(1)).view_as(batch.examples) - 0.5
+    flipped = (hidden.examples - 0.5) * mixture < 0
+    assert torch.allclose((hidden.examples - 0.5).abs(), mixture.abs(), atol=1e-6)
+    assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_oasis_appends_rotated_copies_with_the_same_labels() -> None:
+    batch = batch_of(2)
+    more = parse("oasis()").on_batch(batch, TASK, rng())
+    assert torch.equal(more.labels, batch.labels.repeat(4))
+    for quarter in range(4):
+        own = more.examples[2 * quarter : 2 * quarter + 2]
+        assert torch.equal(own.rot90(-quarter, (-2, -1)), batch.examples)
+    assert torch.allclose(more.examples.mean((1, 2, 3)), batch.examples.mean((1, 2, 3)).repeat(4))
+    assert len(parse("oasis(copies=both)").on_batch(batch, TASK, rng()).labels) == 12
+
+
+def test_ats_applies_one_of_its_policies_to_each_image() -> None:
+    batch = batch_of(6)
+    changed = parse("ats(policy=invert:1/flip:1-invert:1)").on_batch(batch, TASK, rng())
+    assert torch.equal(changed.labels, batch.labels)
+    options = (1 - batch.examples, 1 - batch.examples.flip(-1))
+    same = torch.stack([(changed.examples - o).abs().amax((1, 2, 3)) < 1e-6 for o in options])
+    assert same.any(0).all()
+    assert same.any(1).all()
+
+
+def test_the_divergence_of_precode_enters_the_gradient() -> None:
+    """The backward pass of the bottleneck adds the gradient of b KL(N(mu, exp v) || N(0, I))."""
+    plain, penalised = Bottleneck(5, 3, 0.0).double(), Bottleneck(5, 3, 0.7).double()
+    penalised.load_state_dict(plain.state_dict())
+    h = torch.randn(4, 5, generator=rng(), dtype=torch.float64)
+    mu, log_var = plain.encoder(h).chunk(2, dim=1)
+    divergence = (mu.square() + log_var.exp() - 1 - log_var).sum(1).mean() / 2
+    (plain(h).square().sum() + 0.7 * divergence).backward()
+    penalised(h).square().sum().backward()
+    for a, b in zip(plain.parameters(), penalised.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-10)
+
+
+def test_precode_is_part_of_every_copy_and_only_the_client_draws() -> None:
+    net = network("precode(units=6)")
+    assert find_bottleneck(parse("precode(units=6)").on_architecture(net, rng())) is find_bottleneck(net)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(net(x), net(x))
+    client = parse("precode(units=6)").on_model(copy.deepcopy(net))
+    assert not torch.equal(client(x), client(x))
+
+
+def test_secure_aggregation_is_the_exact_weighted_mean() -> None:
+    updates = [
+        Update("delta", {"w": t}, n) for t, n in zip(torch.randn(5, 7, generator=rng()), (1, 2, 3, 4, 5), strict=True)
+    ]
+    (together,) = parse("secagg()").on_aggregate(updates)
+    expected = sum(u.tensors["w"].double() * u.num_examples for u in updates) / 15
+    assert together.num_examples == 15
+    assert torch.equal(together.tensors["w"], expected.float())
+    assert [u.num_examples for u in parse("secagg(clients=2)").on_aggregate(updates)] == [3, 7, 5]
+    net = nn.Linear(1, 7, bias=False)
+    many = [dataclasses.replace(u, tensors={"weight": u.tensors["w"].view(7, 1)}) for u in updates]
+    other = copy.deepcopy(net)
+    aggregate(net, many)
+    aggregate(other, parse("secagg(clients=2)").on_aggregate(many))
+    assert torch.allclose(net.weight, other.weight, atol=1e-7)
+
+
+# --- where a client applies them ---
+
+
+@pytest.mark.parametrize("defense", ALL)
+def test_a_delta_after_one_step_is_made_from_the_same_gradient(defense: str) -> None:
+    """FedAvg with one full-batch step: the delta is on_update(lr * g) with the g of the gradient mode."""
+    net, batch, own = network(defense), batch_of(4), parse(defense)
+    bare = "none" if _acts_on_updates(defense) else defense
+    first = rng(7)
+    order = Recipe(4).batches(4, first)[0]  # a client shuffles first: draw the same from the stream
+    shuffled = Batch(batch.examples[order], batch.labels[order])
+    plain = gradient(net, shuffled, TASK, Recipe(4, defense=bare), first).ordered(net)
+    second = rng(7)
+    delta = train(net, batch, TASK, Recipe(4, lr=0.5, defense=bare), second)[0].ordered(net)
+    assert torch.allclose(flat(delta), 0.5 * flat(plain), rtol=1e-4, atol=1e-7)
+    assert torch.equal(first.get_state(), second.get_state())
+    sent = train(net, batch, TASK, Recipe(4, lr=0.5, defense=defense), rng(7))[0].ordered(net)
+    expected = own.on_update(delta, second) if _acts_on_updates(defense) else delta
+    assert torch.allclose(flat(sent), flat(expected), atol=1e-7)
+
+
+def _acts_on_updates(defense: str) -> bool:
+    marker = tuple(torch.linspace(-1, 1, 20 * (i + 1)) for i in range(2))
+    return not torch.equal(flat(parse(defense).on_update(marker, rng())), flat(marker))
+
+
+@pytest.mark.parametrize("defense", ALL)
+def test_a_round_of_fedavg_stays_finite_and_changes_only_the_server_model(defense: str) -> None:
+    net = network(defense)
+    before = copy.deepcopy(net.state_dict())
+    updates = [
+        train(net, batch_of(n, seed=n), TASK, Recipe(2, 2, lr=0.01, defense=defense), rng(n))[0] for n in (2, 3, 4)
+    ]
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+    aggregate(net, parse(defense).on_aggregate(updates))
+    assert all(t.isfinite().all() for t in net.state_dict().values())
+    assert any(not torch.equal(before[name], t) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("defense", ALL)
+def test_equal_streams_give_equal_updates(defense: str) -> None:
+    net, state = network(defense), torch.random.get_rng_state()
+    first, second = (
+        gradient(net, batch_of(3), TASK, Recipe(3, defense=defense), rng(5)).ordered(net) for _ in range(2)
+    )
+    assert torch.equal(flat(first), flat(second))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_gradients_of_examples_pass_through_the_defences_before_dpsgd() -> None:
+    """Soteria before DP-SGD masks each example's gradient; the whole norm stays bounded."""
+    net, batch = network(), batch_of(3)
+    recipe = Recipe(3, defense="soteria(share=0.5)+dpsgd(bound=0.1, sigma=0.0)")
+    sent = gradient(net, batch, TASK, recipe, rng()).ordered(net)
+    assert flat(sent).norm() <= 0.1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["topk(scope=all)", "topk(share=0)", "qsgd(norm=l3)", "oasis(copies=zoom)", "ats(policy=blur:3)", "sign(size=-1)"],
+)
+def test_impossible_parameters_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse(text)
+    assert str(refusal.value).startswith("`defense`: ")
+    assert "\n" not in str(refusal.value)
