@@ -58,10 +58,7 @@ class Experiment:
         self.defense = canonical(flags.defense)
         self.beliefs = parse_beliefs(flags.believe)
         self.device = choose_device(flags.device)
-        public = "same" if flags.public == "none" else flags.public
-        self.dataset = _load_data(
-            flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public
-        )
+        self.dataset = load_dataset(flags)
         self.task = self.dataset.task
         self.model = self._build_model().to(self.device)
         if is_external(flags.model) or flags.loss != "cross_entropy":
@@ -223,6 +220,12 @@ def choose_device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= cards:
         raise UsageError(f"`device={name}`: this machine has {cards} CUDA device(s); auto uses what there is")
     return torch.device(name)
+
+
+def load_dataset(flags: Any) -> data.Dataset:
+    """The data set that the flags of a mode name."""
+    public = "same" if flags.public == "none" else flags.public
+    return _load_data(flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public)
 
 
 @functools.lru_cache(maxsize=2)

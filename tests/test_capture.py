@@ -271,7 +271,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(draw=st.data())
 def test_fuzzed_files_cost_one_line_and_execute_nothing(good: Path, tmp_path: Path, draw: st.DataObject) -> None:
     """Truncated, flipped, spliced and rewritten files: a capture is read whole, or refused in one line."""
