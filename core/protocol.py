@@ -15,10 +15,34 @@ from torch import Tensor, nn
 
 from core.domain import Domain, ImageDomain
 from core.errors import UsageError
+from core.references import is_reference, resolve
 from core.registry import Registry
 
-LOSSES: Registry[Any] = Registry("loss")
+
+class Losses(Registry[Any]):
+    """Losses by name or by reference. A loss maps logits (N, C) and labels to the mean over examples, a scalar.
+
+    Labels are (N,) int64, or probabilities (N, C) where an attack optimises them.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        return resolve(name, "loss") if is_reference(name) else super().__getitem__(name)
+
+    def find(self, name: str) -> Any:
+        return self[name] if is_reference(name) else super().find(name)
+
+
+def _probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels (N,) as one-hot rows (N, C); probabilities as they are."""
+    return labels if labels.is_floating_point() else F.one_hot(labels, logits.shape[1]).to(logits)
+
+
+LOSSES = Losses("loss")
 LOSSES.add("cross_entropy", F.cross_entropy)
+LOSSES.add("label_smoothing", lambda logits, y: F.cross_entropy(logits, y, label_smoothing=0.1))
+LOSSES.add("nll", lambda logits, y: -(_probabilities(logits, y) * logits).sum(1).mean())
+LOSSES.add("bce", lambda logits, y: F.binary_cross_entropy_with_logits(logits, _probabilities(logits, y)))
+LOSSES.add("mse", lambda logits, y: F.mse_loss(logits, _probabilities(logits, y)))
 
 Kind = Literal["gradient", "delta"]
 MAX_STEPS = 1_000_000  # local steps of a client in a round

@@ -5,15 +5,25 @@ attacks apply to my model" all follow from the entries of `REQUIREMENTS`.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.errors import UsageError
 from core.protocol import Task
 
 SMOOTH_ACTIVATIONS = (nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.GELU, nn.ELU, nn.Softplus)
+
+
+def differentiable_attention() -> AbstractContextManager[None]:
+    """A context in which `scaled_dot_product_attention` can be differentiated twice, which its fused forms cannot.
+
+    It matters for the forward pass alone: the backward passes follow the operations that were recorded there.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def pixel_layer(model: nn.Module, task: Task) -> nn.Linear | None:
@@ -31,8 +41,10 @@ def hidden_layer(model: nn.Module) -> nn.Linear | None:
 
 def head_layer(model: nn.Module) -> nn.Module:
     """The last layer with weights, fully connected or convolutional."""
-    *_, head = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
-    return head
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise UsageError("labels are inferred from the last layer, and this model has neither nn.Linear nor nn.Conv2d")
+    return layers[-1]
 
 
 def has_relu(model: nn.Module) -> bool:
@@ -47,7 +59,7 @@ def head_gradient(tensors: tuple[Tensor, ...], num_classes: int) -> tuple[Tensor
     `tensors` are in the order of `model.parameters()`. Raises UsageError if the last layer has not one row per class.
     """
     *_, last = tensors
-    if last.ndim == 1 and len(last) == num_classes and len(tensors) > 1:
+    if last.ndim == 1 and len(last) == num_classes and len(tensors) > 1 and tensors[-2].ndim > 1:
         return tensors[-2].flatten(1), last
     if last.ndim == 2 and len(last) == num_classes:
         return last, None
@@ -119,7 +131,9 @@ def _double_backward(model: nn.Module, task: Task) -> str | None:
     model.eval()
     try:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True, allow_unused=True)
+        with differentiable_attention():
+            outputs = model(x)
+        grads = torch.autograd.grad(outputs.square().sum(), parameters, create_graph=True, allow_unused=True)
         total = torch.stack([g.square().sum() for g in grads if g is not None]).sum()
         # with respect to the parameters as well: a node that cannot be differentiated twice may lie on their path alone
         torch.autograd.grad(total, [x, *parameters], allow_unused=True)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from core.protocol import LOSSES, Recipe
+from models.inspection import differentiable_attention
 from models.winograd import WinogradConv, taps_first
 
 CHECKPOINT_FROM = 4  # local steps
@@ -104,12 +105,14 @@ class MetaModel:
     def __call__(self, x: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor:
         """Model inputs (N, *shape) -> logits (N, num_classes), at the broadcast weights unless given others."""
         if weights is None and not self._statistics:
-            return self._module(x)
+            with differentiable_attention():
+                return self._module(x)
         tensors = {name: buffer.clone() for name, buffer in self._statistics.items()}
         if weights is not None:
             assert len(weights) == len(self._parameters), f"{len(weights)} weights, not {len(self._parameters)}"
             tensors.update((name, weights[i]) for name, i in self._places)
-        return functional_call(self._module, tensors, (x,), tie_weights=False)
+        with differentiable_attention():
+            return functional_call(self._module, tensors, (x,), tie_weights=False)
 
     def gradient(
         self, x: Tensor, y: Tensor, weights: Sequence[Tensor] | None = None, create_graph: bool = True

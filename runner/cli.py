@@ -15,7 +15,7 @@ from core.hyperparameters import help_of, paper_values
 from core.paths import ROOT
 from core.registry import Registry
 from runner.flags import Common
-from utils.flags import FlagError, Parser, add_flags, given
+from utils.flags import FlagError, Parser, add_flags, as_flags, given
 from utils.memory import is_out_of_memory
 from utils.signals import stopped_by_signals
 from utils.terminal import prepare_streams, printable
@@ -143,25 +143,21 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def as_flags(message: str) -> str:
-    """Arguments in backticks as flags: "lower `batch_size`" -> "lower --batch-size"."""
-
-    def flag(found: re.Match[str]) -> str:
-        value = f" {found[2]}" if found[2] else ""
-        return f"--{found[1].replace('_', '-')}{value}"
-
-    return re.sub(r"`([a-z_]+)(?:=([^`]*))?`", flag, message)
-
-
 def choices(text: str) -> str:
     """A help text with the names that its placeholders stand for."""
     if "{" not in text:
         return text
     import data
     import models
+    from core.protocol import LOSSES
     from defenses.base import DEFENSES
 
-    names: dict[str, Any] = {"datasets": data.DATASETS, "models": models.MODELS, "defenses": DEFENSES}
+    names: dict[str, Any] = {
+        "datasets": data.DATASETS,
+        "models": models.MODELS,
+        "losses": LOSSES,
+        "defenses": DEFENSES,
+    }
     for key, registry in names.items():
         text = text.replace("{" + key + "}", ", ".join(registry))
     return text

@@ -19,11 +19,15 @@ from attacks.base import Attack
 from core.errors import UsageError
 from core.paths import ROOT
 from core.protocol import Batch, Observation, Recipe
+from core.references import source_file
 from core.rng import stream
 from defenses.base import canonical
 from defenses.base import parse as parse_defense
 from federated.server import accuracy, pretrain
 from federated.simulation import Session, Source, Trial
+from models import external
+from models.external import is_external
+from models.validation import validate
 from models.winograd import has_bfloat16
 from runner.beliefs import parse as parse_beliefs
 from runner.cli import Command
@@ -55,12 +59,11 @@ class Experiment:
         self.defense = canonical(flags.defense)
         self.beliefs = parse_beliefs(flags.believe)
         self.device = choose_device(flags.device)
-        public = "same" if flags.public == "none" else flags.public
-        self.dataset = _load_data(
-            flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public
-        )
+        self.dataset = load_dataset(flags)
         self.task = self.dataset.task
         self.model = self._build_model().to(self.device)
+        if is_external(flags.model) or flags.loss != "cross_entropy":
+            validate(self.model, self.task, mode=flags.model_mode, loss=flags.loss)
         self.source = make_source(flags, self.dataset)
         recipe = self.beliefs.about(self.source.recipe)
         count = self.beliefs.num_examples or self.source.num_examples
@@ -73,6 +76,15 @@ class Experiment:
 
     def _build_model(self) -> nn.Module:
         flags = self.flags
+        rng = stream(self.seed, "model")
+        if is_external(flags.model):
+            model = external.load(flags.model, self.task.domain.shape, self.task.num_classes, rng=rng)  # type: ignore[arg-type]
+            for option in ("activation", "norm", "dropout", "width"):
+                if getattr(flags, option) is not None:
+                    raise UsageError(f"`{option}` belongs to networks of the zoo, not to `model={flags.model}`")
+            if flags.weights is not None:
+                models.load_weights(model, flags.weights)
+            return model
         model = models.build(
             flags.model,
             self.task.domain.shape,  # type: ignore[arg-type]
@@ -81,7 +93,7 @@ class Experiment:
             norm=flags.norm,
             dropout=flags.dropout,
             width=flags.width,
-            rng=stream(self.seed, "model"),
+            rng=rng,
         )
         model = parse_defense(flags.defense).on_architecture(model, stream(self.seed, "architecture"))
         if flags.weights is not None:
@@ -170,6 +182,9 @@ class Experiment:
             "hyperparameters": {k: _content(v) if isinstance(v, Path) else v for k, v in hyperparameters.items()},
             "flags": flags,
             "weights": None if self.flags.weights is None else _file_digest(self.flags.weights),
+            "own_code": {
+                r: _file_digest(path) for r in (self.flags.model, self.flags.loss) if (path := source_file(r))
+            },
             "data": self.dataset.fingerprint,
             "code": source_digest(ROOT, SOURCE_DIRS),
             "torch": torch.__version__,
@@ -228,6 +243,12 @@ def choose_device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= cards:
         raise UsageError(f"`device={name}`: this machine has {cards} CUDA device(s); auto uses what there is")
     return torch.device(name)
+
+
+def load_dataset(flags: Any) -> data.Dataset:
+    """The data set that the flags of a mode name."""
+    public = "same" if flags.public == "none" else flags.public
+    return _load_data(flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public)
 
 
 @functools.lru_cache(maxsize=2)

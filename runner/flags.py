@@ -29,7 +29,10 @@ class Common:
     normalize: Literal["none", "dataset", "half"] = hp(
         "none", "input of the model: pixels in [0, 1], the data set's mean and std, or mean 0.5 and std 0.5"
     )
-    model: str = hp("lenet", "network: {models}")
+    model: str = hp(
+        "lenet", "network: {models}; or your own: package.module:factory, file.py:factory, torchvision:NAME"
+    )
+    loss: str = hp("cross_entropy", "loss: {losses}; or your own: package.module:function or file.py:function")
     activation: str | None = hp(None, "activation, such as relu, sigmoid or tanh; default: the network's own")
     norm: Literal["none", "batch", "group"] | None = hp(None, "normalisation layers; default: the network's own")
     dropout: float | None = hp(None, "dropout probability; default: the network's own", ge=0, lt=1)

@@ -81,7 +81,7 @@ class _Run:
     def __init__(self, experiment: Experiment, store: Store) -> None:
         self.experiment, self.store = experiment, store
         self.context = ScoringContext(
-            experiment.task, Baselines(experiment.public), {"lpips": _lpips()}, _candidates(experiment)
+            experiment.task, Baselines(experiment.public), {"lpips": _lpips()}, candidates_of(experiment)
         )
         self.rounds: list[dict[str, Any]] = []
         self.trials_done = 0
@@ -226,7 +226,7 @@ class _Run:
         return summary
 
 
-def _candidates(experiment: Experiment) -> Candidates:
+def candidates_of(experiment: Experiment) -> Candidates:
     """Private examples that no client sends; held-out and then public ones where a class has too few of them."""
     dataset, source = experiment.dataset, experiment.source
     unsent = torch.ones(len(dataset.private), dtype=torch.bool)

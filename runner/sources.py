@@ -2,6 +2,7 @@
 
 from core.errors import UsageError
 from core.protocol import Recipe
+from core.references import absolute
 from data import Dataset
 from defenses.base import parse
 from federated.simulation import FedAvgSource, GradientSource
@@ -23,7 +24,8 @@ def gradient_source(flags: Grad, dataset: Dataset) -> GradientSource:
         )
     if parse(flags.defense).aggregates:
         raise UsageError("`defense=secagg` adds up clients, and a gradient has none: use main_fed.py")
-    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, defense=flags.defense)
+    loss = absolute(flags.loss)  # worker processes may have another working directory
+    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, loss=loss, defense=flags.defense)
     return GradientSource(dataset.private, recipe, flags.trials)
 
 
@@ -38,6 +40,7 @@ def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
         optimizer=flags.client_optimizer,
         lr_schedule=flags.lr_schedule,
         model_mode=flags.model_mode,
+        loss=absolute(flags.loss),
         defense=flags.defense,
     )
     return FedAvgSource.deal(dataset, recipe, **{name: getattr(flags, name) for name in DEALT})

@@ -28,6 +28,7 @@ from utils.flags import Parser, add_flags, given
 SCRIPTS = sorted(
     p.relative_to(ROOT).as_posix() for p in (ROOT / "experiments").rglob("*.sh") if p.name != "env.sh"
 )  # env.sh is sourced by all others
+TOOLS = ("evaluation.inspect",)  # modules that are run with python -m and have flags
 PAGES = {"main_grad.py": (Grad, gradient_source), "main_fed.py": (Fed, federated_source)}
 
 
@@ -71,6 +72,12 @@ def assert_parses(arguments: list[str]) -> None:
         Experiment("any", command, source)
 
 
+def assert_flags_parse(flags_cls: type, words: list[str]) -> None:
+    parser = Parser()
+    add_flags(parser, flags_cls, lambda cls, field: field.metadata["help"])
+    flags_cls(**given(flags_cls, parser.parse(words)))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_runs_a_command_that_parses(script: str, recorder: Path, tmp_path: Path) -> None:
     calls = what_it_runs(["sh", str(ROOT / script)], recorder, tmp_path)
@@ -84,10 +91,7 @@ def test_a_script_runs_a_command_that_parses(script: str, recorder: Path, tmp_pa
             assert_parses([page, *flags])
         elif "experiments" in Path(page).parts:
             module = ".".join(Path(page).relative_to(ROOT).with_suffix("").parts)
-            flags_cls = importlib.import_module(module).Flags
-            parser = Parser()
-            add_flags(parser, flags_cls, lambda cls, field: field.metadata["help"])
-            flags_cls(**given(flags_cls, parser.parse(flags)))
+            assert_flags_parse(importlib.import_module(module).Flags, flags)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -109,7 +113,9 @@ def test_a_command_of_the_readme_parses(command: str, recorder: Path) -> None:
         if "--help" not in words:
             assert_parses(words[1:])
     else:
-        assert words[:3] == ["python", "-m", "report"], f"who runs this? {command}"
+        assert words[:2] == ["python", "-m"] and words[2] in ("report", *TOOLS), f"who runs this? {command}"
+        if words[2] in TOOLS:
+            assert_flags_parse(importlib.import_module(words[2]).Flags, words[3:])
 
 
 def test_the_readme_has_a_quick_start_and_a_test_command() -> None:

@@ -6,6 +6,7 @@ int, float, str, Path, bool, Literal, any of them or None, and tuples of them, w
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -60,6 +61,16 @@ def add_flags(
         text = f"{help_of(cls, field)} {_default(field.default, show)}".replace("%", "%%").strip()
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": field.name}
         parser.add_argument(flag, **options, **_action(hints[field.name], switches_only))
+
+
+def as_flags(message: str) -> str:
+    """Arguments in backticks as flags: "lower `batch_size`" -> "lower --batch-size"."""
+
+    def flag(found: re.Match[str]) -> str:
+        value = f" {found[2]}" if found[2] else ""
+        return f"--{found[1].replace('_', '-')}{value}"
+
+    return re.sub(r"`([a-z_]+)(?:=([^`]*))?`", flag, message)
 
 
 def given(cls: type, found: argparse.Namespace) -> dict[str, Any]:

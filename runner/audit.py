@@ -1,0 +1,196 @@
+"""An audit: every attack that applies to a model and a recipe, or to a captured update, within a time limit.
+
+The answer is audit.json and audit.md: a verdict with its thresholds, the worst case first, what was tried and failed,
+what is proven, and the weakest setting that would pass. The exit code is 1 if more records are recovered than the user
+allows.
+"""
+
+import dataclasses
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from attacks.base import ATTACKS
+from core.errors import UsageError
+from core.hyperparameters import help_of
+from core.paths import ROOT
+from defenses.base import canonical
+from report import figures
+from report.audit import markdown
+from runner import cli
+from runner.battery import ORDER, Battery, Outcome, with_subject
+from runner.conclusions import entry_of, formal, harm, verdict_of, worst_case
+from runner.experiment import SOURCE_DIRS, commit
+from runner.store import source_digest
+from runner.subjects import Audit, simulated, subject_of
+from runner.workers import cores
+from utils.files import digest, write_atomically, write_json
+from utils.flags import FlagError, Parser, add_flags, given
+
+# what does not apply to an audit, which runs several attacks once, in this process
+NOT_HERE = ("sweep", "paper", "force", "backend", "jobs")
+NOISE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # standard deviations of the settings that are tried as a recommendation
+
+
+def main() -> None:
+    """Run the audit of the command line; exit code 0 or 1 by the verdict, 2 for a mistake of the user."""
+    with cli.user_errors():
+        parser = Parser(prog="main_audit.py", description="Every attack that applies, within a time limit.")
+        add_flags(parser, Audit, lambda cls, field: cli.choices(help_of(cls, field)), switches_only=True)
+        try:
+            flags = Audit(**given(Audit, parser.parse(sys.argv[1:])))
+        except FlagError as error:
+            raise UsageError(str(error)) from None
+        result, folder = audit(flags, sys.argv[1:])
+    print(result["verdict"]["sentence"])
+    print(folder / "audit.md")
+    raise SystemExit(result["verdict"]["exit_code"])
+
+
+def audit(flags: Any, words: list[str] | None = None) -> tuple[dict[str, Any], Path]:
+    """The audit as audit.json has it, and the folder it was written to. `words` are the command line, to repeat it."""
+    defaults = Audit()
+    for name in NOT_HERE:
+        if getattr(flags, name) != getattr(defaults, name):
+            raise UsageError(f"`{name}` does not apply to an audit")
+    if flags.truth is not None and flags.update is None:
+        raise UsageError("`truth` belongs to `update`: the truth of simulated clients is known")
+    for name in flags.attacks:
+        ATTACKS.find(name)
+    subject = subject_of(flags)
+    torch.set_num_threads(flags.threads or 1)  # a second one costs more than it brings where cores are shared
+    battery = Battery(flags, subject)
+    outcomes = battery.all()
+    result = conclude(battery, outcomes, words or [])
+    folder = flags.out / "audit" / digest({"flags": dataclasses.asdict(flags), "code": result["scope"]["code"]})
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, battery, outcomes, result)
+    return result, folder
+
+
+def conclude(battery: Battery, outcomes: list[Outcome], words: list[str]) -> dict[str, Any]:
+    """Everything that audit.json holds."""
+    subject, flags = battery.subject, battery.flags
+    scored = subject.context is not None
+    leaking = sorted((o for o in outcomes if o.share > flags.threshold), key=lambda o: -o.share)
+    entries = [entry_of(o, flags.thresholds) for o in outcomes]
+    worst = worst_case(outcomes)
+    agreement = None if scored else battery.agreement(outcomes)
+    controlled = control(battery, outcomes) if scored else None
+    advice = None
+    if leaking and not flags.verdict_only and flags.update is None:
+        advice = recommendation(battery, leaking)
+    verdict = verdict_of(flags, subject, entries, worst, agreement)
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    return {
+        "verdict": verdict,
+        "scope": {
+            **subject.scope,
+            "model": flags.model,
+            "parameters": parameters,
+            "weights": _weights_digest(subject.model),
+            "recipe": dataclasses.asdict(subject.recipe),
+            "kind": subject.kind,
+            "records_per_update": subject.num_examples,
+            "updates": flags.trials if flags.update is None else 1,
+            "seed": flags.seed,
+            "commit": commit(),
+            "code": source_digest(ROOT, SOURCE_DIRS),
+            "torch": torch.__version__,
+            "hardware": f"{platform.machine()}, {cores()} cores, {subject.device.type}",
+            "date": time.strftime("%Y-%m-%d"),
+        },
+        "threat_model": {
+            "server": flags.threat,
+            "knows": ["model", "recipe", "update", *(["public examples"] if subject.public is not None else [])],
+            "granted": list(subject.granted),
+            "beliefs": list(flags.believe),
+        },
+        "worst_case": worst,
+        "attacks": entries,
+        "agreement": agreement,
+        "control": controlled,
+        "formal": formal(subject),
+        "inspection": battery.inspection.as_dict(),
+        "recommendation": advice,
+        "harm": harm(subject, worst),
+        "reproduce": {"command": shlex.join(["python", "main_audit.py", *words])},
+        "minutes": round((time.monotonic() - battery.start) / 60, 2),
+    }
+
+
+def recommendation(battery: Battery, leaking: list[Outcome]) -> dict[str, Any]:
+    """The weakest noise, added to the recipe, under which no attack that leaks now leaks more than allowed."""
+    flags = battery.flags
+    tried: list[dict[str, Any]] = []
+    for sigma in NOISE:
+        setting = f"gauss(sigma={sigma:g})"
+        if battery.subject.recipe.defense != "none":
+            setting = f"{battery.subject.recipe.defense}+{setting}"
+        shares: dict[str, float] = {}
+        subject = simulated(dataclasses.replace(flags, defense=setting))
+        for position, outcome in enumerate(leaking):
+            if battery.left() < outcome.seconds:
+                return {"setting": None, "tried": tried, "reason": "the time limit was reached"}
+            attack: Any = outcome.attack
+            own = dataclasses.replace(attack, **outcome.changed)
+            again = with_subject(battery, subject).run(
+                own, subject.jobs(own), battery.left() / (len(leaking) - position)
+            )
+            shares[own.name] = again.share
+            if again.status != "ran" or again.share > flags.threshold:
+                break
+        tried.append({"defense": canonical(setting), "recovered": shares})
+        if len(shares) == len(leaking) and max(shares.values()) <= flags.threshold:
+            return {"setting": canonical(setting), "tried": tried, "reason": ""}
+    return {"setting": None, "tried": tried, "reason": "no setting that was tried passes"}
+
+
+def control(battery: Battery, outcomes: list[Outcome]) -> dict[str, Any] | None:
+    """What the strongest attack recovers without the defence; None for a recipe without one."""
+    ran = [o for o in outcomes if o.status == "ran"]
+    if battery.subject.recipe.defense == "none" or battery.flags.update is not None or not ran or battery.left() < 10:
+        return None
+    subject = simulated(dataclasses.replace(battery.flags, defense="none"))
+    best = max(ran, key=lambda o: (o.share, -ORDER.index(o.attack.name) if o.attack.name in ORDER else -99))
+    attack: Any = best.attack
+    own = dataclasses.replace(attack, **best.changed)
+    found = with_subject(battery, subject).run(own, subject.jobs(own), battery.left() / 2)
+    return {"attack": own.name, "recovered": found.share, "defended": best.share, "status": found.status}
+
+
+def _write(folder: Path, battery: Battery, outcomes: list[Outcome], result: Mapping[str, Any]) -> None:
+    """audit.json, audit.md, rows and reconstructions; pictures if the user asks for them, or if no truth exists."""
+    tensors: dict[str, Tensor] = {}
+    for o in outcomes:
+        for record, found in zip(o.records, o.found, strict=True):
+            tensors[f"{o.attack.name}:{record['trial']}"] = found.examples.contiguous()
+        if o.status != "ran" or not len(o.found[0].examples):
+            continue
+        path, domain = folder / f"{o.attack.name}.png", battery.subject.task.domain
+        if battery.subject.context is None:
+            shown = o.found[0].examples
+            blank = [{"match": i, "psnr": float("nan")} for i in range(len(shown))]
+            figures.grid(path, shown, shown, blank, domain)
+        elif battery.flags.show_victims:
+            figures.grid(path, torch.cat(o.truths), torch.cat(o.rebuilt), o.rows, domain)
+    if tensors:
+        write_atomically(folder / "reconstructions.safetensors", lambda path: save_file(tensors, path))
+    write_json(folder / "rows.json", [row for o in outcomes for row in o.rows])
+    write_json(folder / "audit.json", result)
+    text = markdown(result)
+    write_atomically(folder / "audit.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """A digest of the weights as broadcast."""
+    sums = [(name, float(p.detach().double().sum()), list(p.shape)) for name, p in model.named_parameters()]
+    return digest(sums)

@@ -1,0 +1,159 @@
+"""What an audit concludes from the attacks that ran: entries of audit.json, the worst case and the verdict."""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from defenses.base import parse
+from evaluation.summary import RECOVERED_PSNR, is_recovered, summarize
+from evaluation.verdict import outcome
+from runner.battery import THREATS, Outcome
+from runner.subjects import Subject
+
+
+def entry_of(o: Outcome, thresholds: tuple[float, ...]) -> dict[str, Any]:
+    """What audit.json holds of one attack."""
+    entry: dict[str, Any] = {
+        "attack": o.attack.name,
+        "threat": o.attack.threat,
+        "paper": o.attack.citation,
+        "status": o.status,
+        "reason": o.reason,
+        "updates": len(o.found),
+        "changed": o.changed,
+        "seconds": round(o.seconds, 1),
+        "diverged": sum(found.status == "diverged" for found in o.found),
+        "mismatch": _mean_of(o.records, "mismatch"),
+        "mismatch_at_truth": _mean_of(o.records, "mismatch_at_truth"),
+    }
+    if o.rows:
+        summary = summarize(o.rows, o.records, thresholds)
+        summary["attack"] = o.attack.name
+        entry |= {"verdict": outcome(summary), "recovered": o.share, "summary": summary, "failure": _failure(o, entry)}
+    return entry
+
+
+def _failure(o: Outcome, entry: Mapping[str, Any]) -> str | None:
+    """Why an attack did not recover everything, as far as update mismatches tell; None if they do not."""
+    found, true = entry["mismatch"], entry["mismatch_at_truth"]
+    if o.share == 1 or found is None or true is None:
+        return None
+    if found > 1.05 * true + 1e-6:
+        return "optimisation: the true records match the update better"
+    return "ambiguity: other records match the update as well as the true ones"
+
+
+def _mean_of(records: list[dict[str, Any]], key: str) -> float | None:
+    values = [record[key] for record in records if record.get(key) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def worst_case(outcomes: list[Outcome]) -> dict[str, Any] | None:
+    """Over all attacks: the share of records that some attack recovers, and the strongest attack of each server."""
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for o in outcomes:
+        for row in o.rows:
+            key = (row["trial"], row["image"])
+            if key not in best or row["psnr"] > best[key]["psnr"]:
+                best[key] = row
+    if not best:
+        return None
+    summary = summarize(list(best.values()), [])
+    strongest = {}
+    for threat in THREATS:
+        ran = [o for o in outcomes if o.rows and o.attack.threat == threat]
+        if ran:
+            top = max(ran, key=lambda o: (o.share, statistics.fmean(row["psnr"] for row in o.rows)))
+            strongest[threat] = {"attack": top.attack.name, "recovered": top.share}
+    exposed = sorted(best.values(), key=lambda row: -row["psnr"])[:5]
+    return {
+        "records": len(best),
+        "recovered": sum(map(is_recovered, best.values())),
+        "share": summary["success_rate"],
+        "interval": summary["recovered"].get("20"),
+        "mean_psnr": summary["psnr"]["mean"] if summary["psnr"] else None,
+        "max_psnr": max(row["psnr"] for row in best.values()),
+        "mean_image_psnr": summary["baseline_psnr"],
+        "class_mean_psnr": summary["class_baseline_psnr"],
+        "strongest": strongest,
+        "most_exposed": [{k: row[k] for k in ("attack", "trial", "image", "psnr")} for row in exposed],
+    }
+
+
+def verdict_of(
+    flags: Any,
+    subject: Subject,
+    entries: list[dict[str, Any]],
+    worst: dict[str, Any] | None,
+    agreement: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The sentence, the light and the exit code, with the thresholds that decide them."""
+    ran = [e["attack"] for e in entries if e["status"] == "ran"]
+    who = {
+        "honest-but-curious": "the server, which follows the protocol,",
+        "malicious-parameters": "a server that sends weights of its choice",
+        "malicious-architecture": "a server that changes the model",
+    }
+    share, leaks = 0.0, [e for e in entries if e.get("verdict") == "leaks"]
+    if not ran:
+        light, sentence = "none", "No attack ran: nothing can be said about this update."
+    elif worst is not None:
+        share = worst["share"]
+        if worst["recovered"]:
+            top = max((e for e in entries if e.get("recovered")), key=lambda e: e["recovered"])
+            light = "red" if share > flags.threshold else "amber"
+            sentence = (
+                f"{who[top['threat']].capitalize()} recovers {worst['recovered']} of {worst['records']} records from "
+                f"their updates ({top['attack']}: {top['recovered']:.0%})."
+            )
+        elif leaks:
+            light = "amber"
+            sentence = (
+                f"No record was recovered, but {', '.join(e['attack'] for e in leaks)} learnt more about them than "
+                "their labels."
+            )
+        else:
+            light, sentence = "no leak found", f"No leak found by {len(ran)} attack(s) in {flags.minutes:g} minutes."
+    else:
+        assert agreement is not None
+        agreed, n = agreement["agreed_records"], subject.num_examples
+        share = agreed / n
+        light = "red" if share > flags.threshold else "no leak found"
+        sentence = (
+            f"Independent attacks agree on {agreed} of {n} records: this content is in the update."
+            if agreed
+            else f"No two of {len(ran)} attack(s) agree on a record in {flags.minutes:g} minutes; without the truth "
+            "nothing else can be scored."
+        )
+    return {
+        "sentence": sentence,
+        "light": light,
+        "share": share,
+        "threshold": flags.threshold,
+        "exit_code": int(share > flags.threshold or not ran),  # a check that checked nothing has not passed
+        "thresholds": {
+            "recovered": f"PSNR of at least {RECOVERED_PSNR:g} dB",
+            "red": f"more than {flags.threshold:.0%} of the records recovered (or, without truth, agreed on)",
+            "amber": "records recovered, but no more than allowed; or none, and a significant gain over the null",
+            "no leak found": "neither; another attack, more time or another attacker may find one",
+        },
+    }
+
+
+def formal(subject: Subject) -> dict[str, Any]:
+    """What is proven, rather than measured."""
+    noise = parse(subject.recipe.defense).counter().noise
+    text = "The recipe bounds no record's influence on the update: there is no (epsilon, delta) guarantee."
+    if subject.recipe.defense != "none":
+        text = (
+            f"The attacker knows the defence {subject.recipe.defense}. No accountant ran: no (epsilon, delta) "
+            "guarantee is claimed."
+        )
+    return {"guarantee": None, "noise": noise, "text": text}
+
+
+def harm(subject: Subject, worst: dict[str, Any] | None) -> dict[str, Any]:
+    """Records expected to be recovered from one update."""
+    share = worst["share"] if worst is not None else None
+    expected = None if share is None else share * subject.num_examples
+    return {"records_per_update": subject.num_examples, "expected_recovered_per_update": expected}
