@@ -236,7 +236,7 @@ def _mismatch(observation: Observation, examples: Tensor, labels: Tensor | None)
     device = observation.update.device
     with torch.no_grad():
         matcher = GradientMatcher(observation)
-        unknowns = [v.init.to(device) for v in matcher.counter.variables]
+        unknowns = [v.init.to(device) for v in matcher.counter.variables if isinstance(v.init, Tensor)]
         value = float(matcher.cosine_distance(examples.to(device), labels.to(device), *unknowns))
     return max(value, 0.0) if value == value else None
 
