@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class Flags:
     fuzz: int = hp(0, "number of randomly damaged folders of results, instead of the groups", ge=0)
     seed: int = hp(0, "random seed of the damage", ge=0)
     jobs: int = hp(2, "commands at the same time", ge=1)
+    verbose: bool = hp(False, "one line for each abuse, with its time and its last line")
     only: str = hp("", "part of the names of the abuses that are tried; default: all are")
 
 
@@ -50,6 +51,8 @@ def main(flags: Flags) -> None:
             tried[group] += 1
             hard[group] += bool(outcome.hard)
             soft[group] += bool(outcome.soft)
+            if flags.verbose:
+                print(f"{outcome.seconds:.1f} s, {outcome.code}: {outcome.case.name!r}: {outcome.text}", flush=True)
             if outcome.hard or outcome.soft:
                 kind = "HARD" if outcome.hard else "soft"
                 print(f"{kind} {group} {outcome.case.name!r}: {outcome.hard or outcome.soft}", flush=True)
@@ -62,25 +65,22 @@ def main(flags: Flags) -> None:
 
 
 def _cases(flags_: Flags, scratch: Path) -> Iterator[Case]:
-    prepared = runs.Prepared(scratch / "prepared")
-    vae = ("ggl", *inputs.BASE[1:], "--iterations", "3", "--restarts", "1", "--comparison-iterations", "0")
-    vae += ("--latent-dim", "4", "--generator", "vae", "--generator-steps", "2")
-    runs.run_here("grad", vae, scratch / "first", {"CHECKPOINTS": str(scratch / "own")})
-    if flags_.fuzz:
-        yield from fuzz.cases(prepared, flags_.fuzz, flags_.seed)
-        return
-    groups = {
-        "a": flags.flags(),
-        "b": inputs.images(),
-        "c": inputs.weights(),
-        "d": runs.folders(prepared),
-        "e": inputs.generators(),
-        "f": flags.federated(),
-        "g": runs.reports(prepared),
-        "h": runs.environments(prepared),
+    runs.warm(scratch / "warm")
+    groups: dict[str, Callable[[], Iterator[Case]]] = {
+        "a": flags.flags,
+        "b": inputs.images,
+        "c": inputs.weights,
+        "d": lambda: runs.folders(runs.Prepared(scratch / "d")),
+        "e": lambda: inputs.generators(scratch / "own"),
+        "f": flags.federated,
+        "g": lambda: runs.reports(runs.Prepared(scratch / "g")),
+        "h": lambda: runs.environments(runs.Prepared(scratch / "h")),
     }
+    if flags_.fuzz:
+        yield from fuzz.cases(runs.Prepared(scratch / "fuzz"), flags_.fuzz, flags_.seed)
+        return
     for name in flags_.group:
-        yield from (case for case in groups[name] if flags_.only in case.name)
+        yield from (case for case in groups[name]() if flags_.only in case.name)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def federated() -> Iterator[Case]:
     for name, attack in ATTACKS.items():
         model = ("--model", attack.example_model)
         tiny = (*_few(attack), *model, "--client-images", "4", "--batch-size", "2", "--local-epochs", "2", *SMALL)
-        diverging = [("1e6",), ("1e20",), ("1e30",), ("1e-30",), ("10", "--weight-decay", "1e30", "--rounds", "4")]
+        tiny += ("--clients", "2")
+        diverging = [("1e6",), ("1e20",), ("1e30",), ("1e-30",), ("10", "--weight-decay", "1e30")]
         for rate in diverging:
             yield Case("f", f"{name} at rate {' '.join(rate)}", (name, *tiny, "--local-lr", *rate), "fed", codes=(0, 2))
     for rate, decay in (("1", "1e200"), ("1", "1e308"), ("1e-30", "1e-5"), ("1e20", "1e10"), ("1e-20", "1e20")):
@@ -94,6 +95,8 @@ def _hostile(cls: type) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _few(attack: type) -> tuple[str, ...]:
     names = {field.name for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    if getattr(attack, "generator", None) == "class_pca":
+        names.discard("generator_steps")
     return tuple(w for k, v in FEW.items() if k in names for w in (f"--{k.replace('_', '-')}", v))
 
 

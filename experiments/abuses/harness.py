@@ -50,6 +50,7 @@ class Outcome:
     hard: str
     soft: str
     text: str
+    seconds: float
 
 
 def run_all(cases: Iterable[Case], scratch: Path, processes: int = 2) -> Iterator[Outcome]:
@@ -72,7 +73,7 @@ def run_all(cases: Iterable[Case], scratch: Path, processes: int = 2) -> Iterato
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
             del running[process]
-            yield judge(case, folder, code)
+            yield judge(case, folder, code, time.monotonic() - started)
             shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.005)
 
@@ -96,9 +97,9 @@ def start(case: Case, folder: Path) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
         os._exit(code)
 
 
@@ -127,7 +128,7 @@ def run(page: str, words: list[str]) -> None:
         runpy.run_path(str(ROOT / PAGES[page]), run_name="__main__")
 
 
-def judge(case: Case, folder: Path, code: int | None) -> Outcome:
+def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome:
     """Whether a command ended as it should: in results, or in one line, code 2, and nothing written."""
     error = _text(folder / "stderr")
     lines = [line for line in error.replace("\r", "\n").split("\n") if line.strip() and "[00:" not in line]
@@ -153,7 +154,7 @@ def judge(case: Case, folder: Path, code: int | None) -> Outcome:
         soft = f"a warning: {next(line for line in lines if 'Warning' in line)[:200]}"
     elif code == 0 and list((folder / "tmp").iterdir()):
         soft = f"temporary files: {[path.name for path in (folder / 'tmp').iterdir()]}"
-    return Outcome(case, code, hard, soft, (lines or [""])[-1])
+    return Outcome(case, code, hard, soft, (lines or [""])[-1], seconds)
 
 
 def _wrong_rows(out: Path, expected: str) -> str:

@@ -18,11 +18,13 @@ import models
 from core.protocol import Batch
 from experiments.abuses import damage
 from experiments.abuses.harness import Case
+from experiments.abuses.runs import run_here
 from models.generators import store
 
 SIDE = 16
 BASE = ("baseline", "--trials", "2", "--jobs", "1", "--image-size", str(SIDE), "--model", "cnn", "--out", "@/out")
 TREE = (*BASE, "--dataset", "folder", "--base-datadir", "@/images")
+HERE = {"CHECKPOINTS": "checkpoints"}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")
 NAMES = ("\n.png", "\x1b[31m.png", "a\xffb.png", "\u202egnp.x", "-rf.png", "a b.png", "\xfc.png", ".png")
@@ -72,7 +74,8 @@ def images() -> Iterator[Case]:
             yield Case("b", f"{attack} on {classes} classes of {each}", (*more, *few), prepare=_sized(classes, each))
         yield Case("b", f"fed on {classes} classes of {each}", TREE, "fed", prepare=_sized(classes, each))
     for attack in ("rtf", "ggl", "ig_single"):
-        words = (attack, *TREE[1:])
+        few = () if attack == "rtf" else ("--iterations", "3", "--restarts", "1")
+        words = (attack, *TREE[1:], *few, *(("--comparison-iterations", "0") if attack == "ggl" else ()))
         yield Case("b", f"{attack} on black images", words, prepare=_black)
     for mode in (0o000, 0o444):
         yield Case("b", f"mode {mode:o}", TREE, prepare=lambda folder, mode=mode: tree(folder).chmod(mode))
@@ -97,8 +100,8 @@ def weights() -> Iterator[Case]:
         yield Case("c", f"cifar labels {name}", cifar, prepare=functools.partial(_cifar, labels=labels))
 
 
-def generators() -> Iterator[Case]:
-    """Group e."""
+def generators(own_folder: Path) -> Iterator[Case]:
+    """Group e. own_folder: where a generator is trained that a run makes for itself."""
     words = ("ggl", *BASE[1:], "--iterations", "3", "--restarts", "1", "--comparison-iterations", "0")
     words += ("--latent-dim", "4", "--generator-file", "@/g")
     for file in ("generator.safetensors", "manifest.json"):
@@ -114,11 +117,10 @@ def generators() -> Iterator[Case]:
             yield Case("e", f"config {key} {str(value)[:20]}", words, prepare=_configured({key: value}))
     yield Case("e", "weights of NaN", words, prepare=functools.partial(_generator, edit=_not_finite))
     own = (*words[:-2], "--generator", "vae", "--generator-steps", "2")
+    run_here("grad", own, own_folder.with_name("first"), {"CHECKPOINTS": str(own_folder)})
     for file in ("generator.safetensors", "manifest.json", "state.pt"):
         for name, how in damage.FILES.items():
-            yield Case(
-                "e", f"own {file} {name}", own, prepare=_own(file, how), environment={"CHECKPOINTS": "checkpoints"}
-            )
+            yield Case("e", f"own {file} {name}", own, prepare=_own(own_folder, file, how), environment=HERE)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -295,13 +297,11 @@ def _not_finite(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum}))
 
 
-def _own(file: str, how: damage.Damage) -> Callable[[Path], None]:
-    """A damaged file in every folder that a generator may be in; the name of the right one depends on the code."""
+def _own(kept: Path, file: str, how: damage.Damage) -> Callable[[Path], None]:
+    """A damaged file in the folder of the generator that a run has made for itself."""
 
     def prepare(folder: Path) -> None:
-        kept = folder.parent / "own"
-        if kept.exists():
-            shutil.copytree(kept, folder / "checkpoints")
+        shutil.copytree(kept, folder / "checkpoints")
         for place in (folder / "checkpoints").glob("vae-*"):
             (place / file).touch()
             how(place / file)

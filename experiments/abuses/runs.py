@@ -1,6 +1,7 @@
 """Groups d, g and h: damaged folders of results, the report over them, and the world around a run."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -34,7 +35,6 @@ class Prepared:
         self.root = root
         self.rows: dict[str, str] = {}
         add = Store.add_trial
-        warm(root / "warm")
         for mode, words in COMMANDS.items():
             for state in ("finished", "half"):
                 Store.add_trial = _failing(add) if state == "half" else add  # type: ignore[method-assign]
@@ -219,6 +219,9 @@ def reports(prepared: Prepared) -> Iterator[Case]:
         yield Case("g", name, words, "report", prepare=prepare)
 
 
+LOST = (0, 1, 2, 120)  # exit codes of a run that can say nothing: Python's own among them
+
+
 def environments(prepared: Prepared) -> Iterator[Case]:
     """Group h."""
     words, rows = COMMANDS["grad"], prepared.rows["grad"]
@@ -235,11 +238,11 @@ def environments(prepared: Prepared) -> Iterator[Case]:
         yield Case("h", f"{own}", words, environment=own, rows=rows)
     for name in ("stdin", "stdout", "stderr"):
         yield Case("h", f"no {name}", words, inside=lambda name=name: setattr(sys, name, None), rows=rows)
-    for stream in (1, 2):
-        yield Case("h", f"stream {stream} closed", words, inside=lambda n=stream: os.close(n))
-        yield Case("h", f"stream {stream} full", words, inside=lambda n=stream: _full(n))
-        yield Case("h", f"stream {stream} a broken pipe", words, inside=lambda n=stream: _broken(n))
-    yield Case("h", "a working directory that is gone", words, inside=_gone, rows=rows)
+    for name, inside in {"closed": os.close, "full": _full, "a broken pipe": _broken}.items():
+        for stream in (1, 2):
+            own = functools.partial(inside, stream)
+            yield Case("h", f"stream {stream} {name}", words, inside=own, resumes=True, codes=LOST)
+    yield Case("h", "a working directory that is gone", words, inside=_gone, codes=(2,))
     yield Case("h", "few open files", words, inside=_few_files)
     for limit in (1, 16, 64, 256):
         yield Case("h", f"{limit} MB of memory", words, inside=_little_memory(limit), codes=(0, 1, 2), resumes=True)
