@@ -10,7 +10,7 @@ import torch
 
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
-from experiments.abuses import flags, fuzz, inputs, runs
+from experiments.abuses import flags, fuzz, inputs, kills, runs
 from experiments.abuses.harness import Case, run_all
 from report.tables import table
 from runner.cli import run_script
@@ -33,7 +33,8 @@ class Flags:
         tuple(GROUPS), "groups of abuses: " + ", ".join(f"{k} ({v})" for k, v in GROUPS.items())
     )
     fuzz: int = hp(0, "number of randomly damaged folders of results, instead of the groups", ge=0)
-    seed: int = hp(0, "random seed of the damage", ge=0)
+    kills: int = hp(0, "number of kills of real commands with two workers, instead of the groups", ge=0)
+    seed: int = hp(0, "random seed of the damage and of the kills", ge=0)
     jobs: int = hp(2, "commands at the same time", ge=1)
     verbose: bool = hp(False, "one line for each abuse, with its time and its last line")
     only: str = hp("", "part of the names of the abuses that are tried; default: all are")
@@ -46,6 +47,9 @@ def main(flags: Flags) -> None:
     started = time.monotonic()
     tried, hard, soft = Counter[str](), Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="abuse-") as scratch:
+        if flags.kills:
+            _kill(flags, Path(scratch))
+            return
         for outcome in run_all(_cases(flags, Path(scratch)), Path(scratch), flags.jobs):
             group = outcome.case.group
             tried[group] += 1
@@ -61,6 +65,17 @@ def main(flags: Flags) -> None:
     print(table(["group", "tried", "hard", "soft"], rows))
     print(f"{time.monotonic() - started:.0f} s")
     if hard.total():
+        raise SystemExit(1)
+
+
+def _kill(flags: Flags, scratch: Path) -> None:
+    wrong = 0
+    for what, error in kills.kill(flags.kills, flags.seed, scratch):
+        wrong += bool(error)
+        if error or flags.verbose:
+            print(f"{what}: {error or 'as it should'}", flush=True)
+    print(f"{flags.kills} kills, {wrong} wrong")
+    if wrong:
         raise SystemExit(1)
 
 
