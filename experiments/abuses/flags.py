@@ -13,7 +13,14 @@ INTEGERS = ("0", "-1", "1e3", "", "99999999999999999999")
 FLOATS = ("nan", "inf", "-1", "1e300", "1e-320", "x")
 # counts of things that are done one after the other: a huge one is an answer that takes long
 LONG = {"iterations", "restarts", "trials", "rounds", "pretrain_epochs", "seed", "jobs", "evaluations", "patience"}
-FEW = {"iterations": "3", "restarts": "1", "generator_steps": "2", "comparison_iterations": "0"}
+FEW = {
+    "iterations": "3",
+    "restarts": "1",
+    "weight_iterations": "2",
+    "evaluations": "20",
+    "generator_steps": "2",
+    "comparison_iterations": "0",
+}
 
 
 def flags() -> Iterator[Case]:

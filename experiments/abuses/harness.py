@@ -20,7 +20,7 @@ from pathlib import Path
 
 from core.paths import ROOT
 
-SECONDS = 30.0  # after which a command counts as hanging
+SECONDS = 60.0  # after which a command counts as hanging
 MEMORY = 8 << 30  # bytes that a command may ask for beyond what it starts with
 PAGES = {"grad": "main_grad.py", "fed": "main_fed.py", "report": "report"}
 
