@@ -91,7 +91,8 @@ def _hostile(cls: type) -> Iterator[tuple[str, tuple[str, ...]]]:
         if get_origin(hint) is tuple:
             yield field.name, ("nan", "x", "")
         elif int in (hint, *options):
-            yield field.name, INTEGERS[:-1] if field.name in LONG else INTEGERS
+            values = INTEGERS[:-1] if field.name in LONG else INTEGERS
+            yield field.name, values[1:] if field.name == "jobs" else values  # 0 is a right number of jobs
         elif float in (hint, *options):
             yield field.name, FLOATS
         elif hint is bool:

@@ -146,7 +146,7 @@ def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome
         hard = "half-written results"
     elif code == 0 and case.rows is not None and (wrong := _wrong_rows(out, case.rows)):
         hard = wrong
-    elif code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ")):
+    elif code == 2 and case.words and (len(lines) != 1 or not lines[0].startswith("error: ")):
         soft = f"{len(lines)} lines: {' / '.join(lines)[:200]}"
     elif code == 2 and not lines[0].isprintable():
         soft = "control characters in the error"

@@ -21,7 +21,7 @@ COMMANDS = (
     ("main_grad.py", "ggl", "--model", "cnn", "--iterations", "40", *LATENT, *SMALL),
 )
 KILLS_OF_A_RUN = 5
-GONE = 6.0  # seconds after which nothing may be left of a killed command: its server may still import torch
+GONE = 30.0  # seconds after which nothing may be left of a killed command: its server may still import torch
 
 
 def kill(count: int, seed: int, scratch: Path) -> Iterator[tuple[str, str]]:
