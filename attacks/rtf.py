@@ -9,7 +9,8 @@ bin instead. In front of a layer inside the network, rows give features, and ima
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,14 @@ class RobbingTheFed(FeatureInversionAttack):
         if not has_relu(model):
             raise UsageError(
                 "rtf sorts features by a positive mean, and this model has no ReLU: choose `activation=relu`"
+            )
+
+    def prepare(self, task: Task, public: Batch, metadata: Mapping[str, Any]) -> None:
+        brightness = public.examples.mean((1, 2, 3))
+        if self.quantiles != "official" and len(brightness.unique()) < 2:
+            raise UsageError(
+                f"rtf places its thresholds by the brightness of public images, and the data set has {len(brightness)} "
+                "of one brightness: use a data set with more images, or `quantiles=official`"
             )
 
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:

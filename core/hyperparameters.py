@@ -72,11 +72,13 @@ def check_limits(instance: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise UsageError for a float that is not finite or beyond 1e30; anything else passes."""
+    """Raise UsageError for a float that is not finite or beyond 1e30, and for an integer of more than 64 bits."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"`{name}` must be a finite number, not {value:g}")
     if isinstance(value, float) and abs(value) > LARGEST:
         raise UsageError(f"`{name}` must be at most {LARGEST:g} in size, not {value:g}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UsageError(f"`{name}` must be below 2^63, not {value}")
 
 
 def published(cls: type) -> Mapping[str, tuple[Any, str]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from core.domain import Domain
 from report import style
 from report.tables import RECOVERED, Summary, sort_key
+from utils.terminal import printable
 
 ABREAST = 10  # images in a line of a grid
 SCORE_LABEL = "PSNR (dB), mean ± std over images"
@@ -225,5 +226,5 @@ def _caption(ax: Any, text: str) -> None:
 
 def _shortened(name: str, most: int = 18) -> str:
     """A file name with its beginning cut off, which says less than its end."""
-    name = name.replace("$", r"\$")  # otherwise matplotlib reads a formula
+    name = printable(name).replace("$", r"\$")  # otherwise matplotlib reads a formula
     return name if len(name) <= most else "..." + name[-most + 3 :]

@@ -1,6 +1,7 @@
 """The one look of all figures: colours, fonts, sizes."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,5 +51,7 @@ def save(figure: Any, path: Path) -> None:
     """Write a figure to `path` and close it."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
+        figure.savefig(path, dpi=DPI)
     plt.close(figure)

@@ -121,11 +121,11 @@ def flip(content: bytes) -> bytes:
 
 
 def edited(**facts: object) -> Callable[[Path], object]:
-    """The manifest with other entries; `None` removes the checksum, as in manifests of other programs."""
+    """The manifest with other entries."""
 
     def edit(folder: Path) -> None:
         path = folder / "manifest.json"
-        path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | facts).items() if v is not None}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
     return edit
 
@@ -139,9 +139,10 @@ def configured(**settings: object) -> Callable[[Path], object]:
 
 
 def not_finite(folder: Path) -> None:
+    """Weights of NaN with a checksum that fits."""
     state = load_file(folder / WEIGHTS)
     save_file({n: t * torch.nan if t.is_floating_point() else t for n, t in state.items()}, folder / WEIGHTS)
-    edited(checksum=None)(folder)
+    edited(checksum=store._checksum(store.manifest(folder), (folder / WEIGHTS).read_bytes()))(folder)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -150,6 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "damaged"),
     "a pipe": (lambda folder: ((folder / WEIGHTS).unlink(), os.mkfifo(folder / WEIGHTS)), "damaged"),
     "not finite": (not_finite, "not finite"),
+    "no checksum": (edited(checksum=None), "damaged"),
     "endless classes": (edited(classes=math.inf), "holds no generator"),
     "too wide for any memory": (configured(width=10**12), "damaged"),
     "wider than it was": (configured(width=8), "damaged"),

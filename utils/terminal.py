@@ -12,9 +12,11 @@ SPELLED = {"±": "+-", "×": "x", "≥": ">=", "≤": "<=", "–": "-", "—": "
 def prepare_streams() -> None:
     """Let standard output and error write any text: a sign that their encoding lacks is spelled out, or escaped."""
     codecs.register_error("spelled", _spelled)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="spelled")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the program started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # another kind of stream, or a closed one
+            getattr(sys, name).reconfigure(errors="spelled")
 
 
 def printable(text: str) -> str:

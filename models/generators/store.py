@@ -86,7 +86,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Generator:
     Raises UsageError if it cannot be read, if its weights are not those it was saved with, or if they are not finite.
     """
     facts = manifest(folder)
-    path = folder / WEIGHTS
+    path, config = folder / WEIGHTS, facts["config"]
     damaged = UsageError(
         f"the generator in {folder} is incomplete or damaged: train it again with experiments/prior.sh"
     )
@@ -94,14 +94,11 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Generator:
         raise damaged
     try:
         content = path.read_bytes()
-        if facts.get("checksum", _checksum(content)) != _checksum(content):
+        if facts["checksum"] != _checksum(facts, content):
             raise damaged
         state = load_tensors(content)
-        with torch.device("meta"):  # without memory: a manifest may ask for more than the weights need
-            expected = _build(facts).state_dict()
-        if _layout(expected) != _layout(state):
-            raise damaged
-        generator = _build(facts)
+        with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are drawn from the stream
+            generator = KINDS[config.kind].trainer.generator_class(config, facts["image_shape"], facts["classes"])
         generator.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError):
         raise damaged from None
@@ -110,27 +107,19 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Generator:
     return generator.to(device).eval().requires_grad_(False)
 
 
-def _build(facts: Mapping[str, Any]) -> Generator:
-    """A generator as a manifest describes it, with weights that are to be replaced."""
+def _checksum(facts: Mapping[str, Any], content: bytes) -> str:
+    """16 hexadecimal digits over the weights and what they belong to: an edited manifest fits no weights."""
     config: GeneratorConfig = facts["config"]
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn from the global stream
-        return KINDS[config.kind].trainer.generator_class(config, facts["image_shape"], facts["classes"])
-
-
-def _layout(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    described = digest([asdict(config), list(facts["image_shape"]), facts["classes"]])
+    return hashlib.sha256(described.encode() + content).hexdigest()[:16]
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """The facts about the generator in `folder`. Raises UsageError if there is none.
 
     "config" is its GeneratorConfig, "image_shape" (C, H, W), "classes" their number, "data" the `data_digest` of the
-    images it was trained on and "checksum" that of its weights. The rest is for information: number of images and
-    parameters, last loss, seconds, and the metadata given to `load_or_train`.
+    images it was trained on and "checksum" that of its weights with config, shape and classes. The rest is for
+    information: number of images and parameters, last loss, seconds, and the metadata given to `load_or_train`.
     """
     facts = read_json(folder / "manifest.json")
     try:
@@ -140,7 +129,12 @@ def manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{counts} are not all positive")
         if config.output_normalization not in get_args(OutputNormalization) or config.kind not in KINDS:
             raise ValueError(f"unknown: {config.output_normalization} or {config.kind}")
-        return facts | {"image_shape": tuple(shape), "config": config, "data": str(facts["data"])}
+        return facts | {
+            "image_shape": tuple(shape),
+            "config": config,
+            "data": str(facts["data"]),
+            "checksum": facts["checksum"],
+        }
     except (ValueError, LookupError, TypeError):
         raise UsageError(f"{folder} holds no generator: train one with experiments/prior.sh") from None
 
@@ -194,7 +188,7 @@ def _train(config: GeneratorConfig, public: Batch, classes: int, folder: Path, m
     content = save_tensors(tensors)
     write_atomically(folder / "samples.png", partial(_save_samples, generator, classes))
     facts = {
-        "config": asdict(config),
+        "config": config,
         "image_shape": list(public.examples.shape[1:]),
         "classes": classes,
         "data": data_digest(public),
@@ -202,11 +196,10 @@ def _train(config: GeneratorConfig, public: Batch, classes: int, folder: Path, m
         "parameters": sum(p.numel() for p in generator.parameters()),
         "last_loss": last_loss,
         "seconds": round(seconds, 1),
-        "checksum": _checksum(content),
         "torch": torch.__version__,
         **metadata,
     }
-    write_json(folder / "manifest.json", facts)
+    write_json(folder / "manifest.json", facts | {"config": asdict(config), "checksum": _checksum(facts, content)})
     # last: where this file exists, everything else does
     write_bytes(folder / WEIGHTS, content)
     checkpoint.unlink(missing_ok=True)

@@ -69,8 +69,9 @@ def calibrate(
     gain, factor = PUBLISHED_GAIN, 1 / PUBLISHED_GAIN
     if threshold_drift:
         brightness = public.examples.mean((1, 2, 3))
-        energy = public.examples.square().sum((1, 2, 3)).mean().item()  # P
-        exceeded = (brightness[:, None] - edges[:-1]).relu().sum(1).mean().item()
+        # black images have neither
+        energy = max(public.examples.square().sum((1, 2, 3)).mean().item(), 1e-12)  # P
+        exceeded = max((brightness[:, None] - edges[:-1]).relu().sum(1).mean().item(), 1e-12)
         rms = input_gradient_rms(inner, block.task, public, recipe)
         ratio = threshold_drift / (recipe.lr * rms * energy)
         gain = math.sqrt(brightness_shift / (ratio * exceeded))

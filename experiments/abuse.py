@@ -1,0 +1,102 @@
+"""Abuses the commands in a thousand ways and counts how they end: in results, in one line, or in something worse."""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from core.errors import UsageError
+from core.hyperparameters import hp, hyperparameters
+from experiments.abuses import flags, fuzz, inputs, kills, runs
+from experiments.abuses.harness import Case, run_all
+from report.tables import table
+from runner.cli import run_script
+
+GROUPS = {
+    "a": "flags and sweeps",
+    "b": "data folders",
+    "c": "weights, CIFAR batches",
+    "d": "folders of results",
+    "e": "trained generators",
+    "f": "federated training",
+    "g": "report",
+    "h": "environment",
+}
+
+
+@hyperparameters
+class Flags:
+    group: tuple[str, ...] = hp(
+        tuple(GROUPS), "groups of abuses: " + ", ".join(f"{k} ({v})" for k, v in GROUPS.items())
+    )
+    fuzz: int = hp(0, "number of randomly damaged folders of results, instead of the groups", ge=0)
+    kills: int = hp(0, "number of kills of real commands with two workers, instead of the groups", ge=0)
+    seed: int = hp(0, "random seed of the damage and of the kills", ge=0)
+    jobs: int = hp(2, "commands at the same time", ge=1)
+    verbose: bool = hp(False, "one line for each abuse, with its time and its last line")
+    only: str = hp("", "part of the names of the abuses that are tried; default: all are")
+
+
+def main(flags: Flags) -> None:
+    if unknown := set(flags.group) - set(GROUPS):
+        raise UsageError(f"`group`: unknown {', '.join(sorted(unknown))}; choose from {', '.join(GROUPS)}")
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    tried, hard, soft = Counter[str](), Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="abuse-") as scratch:
+        if flags.kills:
+            _kill(flags, Path(scratch))
+            return
+        for outcome in run_all(_cases(flags, Path(scratch)), Path(scratch), flags.jobs):
+            group = outcome.case.group
+            tried[group] += 1
+            hard[group] += bool(outcome.hard)
+            soft[group] += bool(outcome.soft)
+            if flags.verbose:
+                print(f"{outcome.seconds:.1f} s, {outcome.code}: {outcome.case.name!r}: {outcome.text}", flush=True)
+            if outcome.hard or outcome.soft:
+                kind = "HARD" if outcome.hard else "soft"
+                print(f"{kind} {group} {outcome.case.name!r}: {outcome.hard or outcome.soft}", flush=True)
+    rows = [[f"{g} {GROUPS[g]}", str(tried[g]), str(hard[g]), str(soft[g])] for g in GROUPS if tried[g]]
+    rows.append(["all", *(str(counter.total()) for counter in (tried, hard, soft))])
+    print(table(["group", "tried", "hard", "soft"], rows))
+    print(f"{time.monotonic() - started:.0f} s")
+    if hard.total():
+        raise SystemExit(1)
+
+
+def _kill(flags: Flags, scratch: Path) -> None:
+    wrong = 0
+    for what, error in kills.kill(flags.kills, flags.seed, scratch):
+        wrong += bool(error)
+        if error or flags.verbose:
+            print(f"{what}: {error or 'as it should'}", flush=True)
+    print(f"{flags.kills} kills, {wrong} wrong")
+    if wrong:
+        raise SystemExit(1)
+
+
+def _cases(flags_: Flags, scratch: Path) -> Iterator[Case]:
+    runs.warm(scratch / "warm")
+    groups: dict[str, Callable[[], Iterator[Case]]] = {
+        "a": flags.flags,
+        "b": inputs.images,
+        "c": inputs.weights,
+        "d": lambda: runs.folders(runs.Prepared(scratch / "d")),
+        "e": lambda: inputs.generators(scratch / "own"),
+        "f": flags.federated,
+        "g": lambda: runs.reports(runs.Prepared(scratch / "g")),
+        "h": lambda: runs.environments(runs.Prepared(scratch / "h")),
+    }
+    if flags_.fuzz:
+        yield from fuzz.cases(runs.Prepared(scratch / "fuzz"), flags_.fuzz, flags_.seed)
+        return
+    for name in flags_.group:
+        yield from (case for case in groups[name]() if flags_.only in case.name)
+
+
+if __name__ == "__main__":
+    run_script(Flags, main, __doc__)

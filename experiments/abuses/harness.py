@@ -1,0 +1,179 @@
+"""Runs one command after the other as a user would, each in a fork of a process that has imported everything.
+
+A fork starts in milliseconds, so a thousand commands take minutes. It has a folder of its own, which is its working
+directory and holds its temporary folder, limits on memory and time, and files in place of its standard streams.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.paths import ROOT
+
+SECONDS = 60.0  # after which a command counts as hanging
+MEMORY = 8 << 30  # bytes that a command may ask for beyond what it starts with
+PAGES = {"grad": "main_grad.py", "fed": "main_fed.py", "report": "report"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command, and what stands in its folder before it runs. "@" in a word is the folder."""
+
+    group: str
+    name: str
+    words: tuple[str, ...]
+    page: str = "grad"
+    prepare: Callable[[Path], object] = lambda folder: None
+    codes: tuple[int, ...] = (0, 2)  # exit codes that are right
+    rows: str | None = None  # rows.jsonl of an undisturbed run, which a command that ends with 0 must have made
+    resumes: bool = False  # the folder of results was there before, and may stay after an error
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inside: Callable[[], object] = lambda: None  # called in the process before the command
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: `hard` and `soft` say what was wrong, if anything was."""
+
+    case: Case
+    code: int | None  # None: it did not end
+    hard: str
+    soft: str
+    text: str
+    seconds: float
+
+
+def run_all(cases: Iterable[Case], scratch: Path, processes: int = 2) -> Iterator[Outcome]:
+    """The outcomes of all cases, as they end."""
+    waiting = list(cases)[::-1]
+    running: dict[int, tuple[Case, Path, float]] = {}
+    number = 0
+    while waiting or running:
+        while waiting and len(running) < processes:
+            number += 1
+            folder = scratch / f"{number:05d}"
+            case = waiting.pop()
+            running[start(case, folder)] = (case, folder, time.monotonic())
+        for process, (case, folder, started) in list(running.items()):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if not ended and time.monotonic() - started < SECONDS:
+                continue
+            code = os.waitstatus_to_exitcode(status) if ended else None
+            if not ended:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+            del running[process]
+            yield judge(case, folder, code, time.monotonic() - started)
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.005)
+
+
+def start(case: Case, folder: Path) -> int:
+    """The number of a process that runs the case in `folder`, which is made."""
+    (folder / "tmp").mkdir(parents=True)
+    case.prepare(folder)
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        _enter(folder, case.environment)
+        case.inside()
+        run(case.page, [word.replace("@", str(folder)) for word in case.words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _enter(folder: Path, environment: Mapping[str, str]) -> None:
+    os.chdir(folder)
+    for name, stream in (("stdout", 1), ("stderr", 2)):
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, stream)
+        os.close(descriptor)
+        encoding = environment.get("PYTHONIOENCODING", "utf-8")
+        setattr(sys, name, os.fdopen(stream, "w", encoding=encoding, errors="strict", closefd=False))
+    os.environ.update({"TMPDIR": str(folder / "tmp"), "CHECKPOINTS": str(folder / "checkpoints"), **environment})
+    import tempfile
+
+    tempfile.tempdir = None
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+def run(page: str, words: list[str]) -> None:
+    """The command in this process."""
+    sys.argv = [PAGES[page], *words]
+    if page == "report":
+        runpy.run_module("report", run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / PAGES[page]), run_name="__main__")
+
+
+def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome:
+    """Whether a command ended as it should: in results, or in one line, code 2, and nothing written."""
+    error = _text(folder / "stderr")
+    lines = [line for line in error.replace("\r", "\n").split("\n") if line.strip() and "[00:" not in line]
+    out = folder / "out"
+    hard, soft = "", ""
+    if code is None:
+        hard = "does not end"
+    elif "Traceback" in error:
+        hard = "traceback: " + lines[-1][:200]
+    elif code not in case.codes:
+        hard = f"exit code {code}"
+    elif list(folder.rglob("executed")):
+        hard = "a command of a stranger was run"
+    elif code == 2 and out.exists() and not case.resumes and case.page != "report" and any(out.rglob("config.json")):
+        hard = "half-written results"
+    elif code == 0 and case.rows is not None and (wrong := _wrong_rows(out, case.rows)):
+        hard = wrong
+    elif code == 2 and case.words and (len(lines) != 1 or not lines[0].startswith("error: ")):
+        soft = f"{len(lines)} lines: {' / '.join(lines)[:200]}"
+    elif code == 2 and not lines[0].isprintable():
+        soft = "control characters in the error"
+    elif code == 0 and any("Warning" in line for line in lines):
+        soft = f"a warning: {next(line for line in lines if 'Warning' in line)[:200]}"
+    elif code == 0 and list((folder / "tmp").iterdir()):
+        soft = f"temporary files: {[path.name for path in (folder / 'tmp').iterdir()]}"
+    return Outcome(case, code, hard, soft, (lines or [""])[-1], seconds)
+
+
+def _wrong_rows(out: Path, expected: str) -> str:
+    found = [_text(path) for path in out.glob("*/*/*/rows.jsonl")]
+    if len(found) != 1:
+        return f"{len(found)} runs"
+    if not next(out.glob("*/*/*/rows.jsonl")).with_name("done").exists():
+        return "not done"
+    return "" if without_clock(found[0]) == without_clock(expected) else "other rows"
+
+
+def without_clock(text: str) -> list[dict]:
+    """The rows of rows.jsonl without what a clock says."""
+    try:
+        rows = [json.loads(line) for line in text.splitlines()]
+    except ValueError:
+        return []
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode(errors="replace") if path.is_file() else ""
