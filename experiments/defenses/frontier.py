@@ -37,7 +37,7 @@ from runner.sources import federated_source
 CONTROL, BROKEN, WEAK = 0.5, 0.5, 0.1  # shares of images recovered: of the control; of a cell, relative to its control
 DEFENSES: dict[str, tuple[str, ...]] = {
     "gauss": ("gauss(sigma=0.0001)", "gauss(sigma=0.001)", "gauss(sigma=0.01)"),
-    "dpsgd": ("dpsgd(bound=1.0, sigma=0.01)", "dpsgd(bound=1.0, sigma=0.1)", "dpsgd(bound=1.0, sigma=1.0)"),
+    "dpsgd": ("dpsgd(bound=1.0, sigma=0.001)", "dpsgd(bound=1.0, sigma=0.03)", "dpsgd(bound=1.0, sigma=1.0)"),
     "topk": ("topk(share=0.3)", "topk(share=0.1)", "topk(share=0.01)"),
     "qsgd": ("qsgd(levels=127)", "qsgd(levels=7)", "qsgd(levels=1)"),
     "sign": ("topk(share=0.5)+sign()", "sign()", "topk(share=0.1)+sign()"),
@@ -99,7 +99,7 @@ def cells(flags: Flags) -> list[Cell]:
     common += ["--victims", flags.victims, "--seed", str(flags.seed), "--local-lr", str(flags.local_lr), "--jobs", "1"]
     common += ["--image-size", "16"] if flags.quick else []
     trials, columns = (2, flags.pretrain_epochs[:1]) if flags.quick else (flags.trials, flags.pretrain_epochs)
-    rounds = min(flags.rounds, 8) if flags.quick else flags.rounds
+    rounds = min(flags.rounds, 15) if flags.quick else flags.rounds
     chosen = [("none", "none", 0)]
     chosen += [(name, text, k) for name in flags.defenses for k, text in enumerate(DEFENSES[name])]
     found = []
@@ -232,6 +232,8 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
             ax.plot(*control, linestyle="none", marker="*", markersize=14, color="#7F7F7F", label="no defence")
         ax.set_xlabel("accuracy of the trained model on held-out images (further right is better)")
         ax.set_ylabel("share of images recovered by the best attack\n(PSNR >= 20 dB; lower is better)")
+        right = max([accuracy for _, accuracy, _ in points.values()] + [control[0] if control else 0.0])
+        ax.set_xlim(0, 1.15 * right or 1.0)
         ax.set_ylim(-0.05, 1.08)
         ax.set_title("What each defence costs and prevents; lines go from weak to strong")
         figure.legend(loc="outside right center")
