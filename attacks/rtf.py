@@ -21,6 +21,7 @@ from attacks.linear.layer import distinct, failed_reconstruction, plausible
 from core.errors import UsageError
 from core.hyperparameters import hp
 from core.protocol import Batch, Observation, Recipe, Reconstruction, Task
+from core.rng import stream
 from models.implants.calibration import Quantiles, calibrate, thresholds
 from models.implants.imprint import Connection, FeatureImprint, Imprint, find_feature_imprint, find_imprint
 from models.inspection import has_relu, pixel_layer
@@ -70,6 +71,12 @@ class RobbingTheFed(FeatureInversionAttack):
         "input", "place of the block: in front of the model, or of its first fully connected layer"
     )
 
+    direction: Literal["brightness", "random"] = hp(
+        "brightness",
+        "what rows measure: brightness, or brightness after a random half of the pixels is inverted, which "
+        "rotated and flipped copies of an image (OASIS) do not share",
+    )
+
     def needs_workers(self) -> bool:
         return self.position != "input"
 
@@ -77,6 +84,8 @@ class RobbingTheFed(FeatureInversionAttack):
         super().check(model, task, recipe, kind, num_examples)
         if self.position == "input":
             return
+        if self.direction != "brightness":
+            raise UsageError("`direction=random` inverts pixels, and features are none: choose `position=input`")
         if pixel_layer(model, task) is not None:
             raise UsageError(
                 "rtf finds nothing in front of this model's first fully connected layer: choose `position=input`"
@@ -99,8 +108,13 @@ class RobbingTheFed(FeatureInversionAttack):
         block = find_imprint(model)
         if self.position == "input":
             inner = block.inner if block else model
+            if block is None:
+                block = Imprint(inner, task, self.edges(public.examples), self.connection, self.sparse)
+                if self.direction == "random":
+                    chosen = torch.randint(2, block.inverted.shape, generator=stream("rtf", "direction"))
+                    block.inverted.copy_(chosen)
+            public = Batch(block.measured(public.examples), public.labels)
             edges = self.edges(public.examples)
-            block = block or Imprint(inner, task, edges, self.connection, self.sparse)
             calibrate(block, inner, edges, public, recipe, self.threshold_drift, self.brightness_shift)
             return block
         layer = block.inner if block else next(m for m in model.modules() if isinstance(m, nn.Linear))
@@ -148,6 +162,8 @@ class RobbingTheFed(FeatureInversionAttack):
         # in several rows
         order = order[distinct(images[order])] if is_delta else order
         found = images[order].clamp(min=0).float()
+        if self.direction == "random":
+            found = block.measured(found.clamp(max=1))
         if not len(order):
             return Reconstruction(failed_reconstruction(observation).examples, status="diverged")
         if feature_block is None:

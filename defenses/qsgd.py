@@ -33,15 +33,15 @@ class QSGD(Defense):
         return tuple(sent)
 
     def counter(self) -> Counter:
-        """Squared distance, and ten times the square of what lies outside the cells of an observed level."""
+        """The distance of directions, since the mean of Q(g) is g, plus the square of what lies outside the cells."""
         return Counter(misfit=self.misfit)
 
     def misfit(self, ours: Tensors, theirs: Tensors) -> Tensor:
-        """Relative to the squared norm of `theirs`; smallest at their conditional mean, and never exactly 0."""
-        total = theirs[0].new_zeros(())
+        """1 - cos(ours, theirs), plus the square, relative to `theirs`, of differences of more than one level."""
+        excess, product, square, norm = (theirs[0].new_zeros(()) for _ in range(4))
         for o, t in zip(ours, theirs, strict=True):
             sizes = t.abs()
             cell = sizes.max() / self.levels if self.norm == "max" else sizes[sizes > 0].amin() if sizes.any() else 0.0
-            error = (o - t).abs()
-            total = total + error.square().sum() + 10 * (error - cell).relu().square().sum()
-        return total / sum(t.square().sum() for t in theirs)
+            excess = excess + ((o - t).abs() - cell).relu().square().sum()
+            product, square, norm = product + (o * t).sum(), square + o.square().sum(), norm + t.square().sum()
+        return 1 - product / (square * norm).sqrt().clamp(min=1e-30) + excess / norm.clamp(min=1e-30)

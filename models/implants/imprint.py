@@ -32,6 +32,7 @@ class Imprint(nn.Module):
     edges: Tensor  # (K + 1,) thresholds c_k in brightness, the last above every image
     gain: Tensor  # g
     factor: Tensor  # a
+    inverted: Tensor  # (C, H, W), 1 for a pixel that is measured by its distance from white; 0 by default
 
     def __init__(self, inner: nn.Module, task: Task, edges: Tensor, connection: Connection, sparse: bool) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class Imprint(nn.Module):
         self.register_buffer("edges", edges.clone())
         self.register_buffer("gain", torch.ones((), **like))
         self.register_buffer("factor", torch.ones((), **like))
+        self.register_buffer("inverted", torch.zeros(channels, height, width, **like))
         self.reset(edges, 1.0, 1.0)
 
     @torch.no_grad()
@@ -72,7 +74,11 @@ class Imprint(nn.Module):
 
     def brightness(self, x: Tensor) -> Tensor:
         """The mean pixels, which thresholds are compared with, of inputs (N, C, H, W) of the block: (N,)."""
-        return self.task.domain.from_model(x).mean((1, 2, 3))
+        return self.measured(self.task.domain.from_model(x)).mean((1, 2, 3))
+
+    def measured(self, pixels: Tensor) -> Tensor:
+        """Images (N, C, H, W) with the chosen pixels inverted, which is its own inverse."""
+        return pixels + self.inverted * (1 - 2 * pixels)
 
     def bin_of(self, x: Tensor) -> Tensor:
         """The bin between two thresholds of inputs (N, C, H, W) of the block: (N,) int64, -1 below the first one."""
@@ -81,7 +87,7 @@ class Imprint(nn.Module):
         return torch.where(brightness >= self.edges[0], bins, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = self.task.domain.from_model(x).flatten(1)  # (N, C*H*W)
+        pixels = self.measured(self.task.domain.from_model(x)).flatten(1)  # (N, C*H*W)
         z = F.linear(pixels, self.weight, self.bias)  # (N, K)
         if self.connection == "split":
             z = z + self.gain * (pixels.mean(1, keepdim=True) - self.edges[:-1])

@@ -1,0 +1,225 @@
+"""What an attacker who knows a defence does: its objective vanishes at the truth, where the plain one does not."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attacks import ATTACKS
+from attacks.matching.matcher import GradientMatcher
+from core.errors import UsageError
+from core.protocol import Batch, Observation, Recipe, image_task
+from defenses.base import parse
+from defenses.dropout import Masked
+from defenses.precode import find_bottleneck
+from evaluation.metrics import psnr
+from experiments.defenses import frontier
+from federated.client import gradient, train
+from models import build
+from models.inspection import head_layer
+from tests.commands import in_process, lines, only_run
+from tests.test_attacks import smooth_pictures
+
+TASK = image_task((3, 8, 8), 4, (0.5,) * 3, (0.5,) * 3)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(n: int, seed: int = 1) -> Batch:
+    return Batch(torch.rand(n, 3, 8, 8, generator=rng(seed)).double(), torch.arange(n) % TASK.num_classes)
+
+
+def network(defense: str = "none", name: str = "lenet") -> nn.Module:
+    model = build(name, TASK.domain.shape, TASK.num_classes, rng=rng(3)).double()
+    return parse(defense).on_architecture(model, rng(4))
+
+
+def observe(net: nn.Module, batch: Batch, recipe: Recipe, known: str, kind: str = "gradient") -> GradientMatcher:
+    """The update of a client as an attacker sees it who believes in the defence `known`."""
+    update = (
+        gradient(net, batch, TASK, recipe, rng()) if kind == "gradient" else train(net, batch, TASK, recipe, rng())[0]
+    )
+    believed = Recipe(recipe.batch_size, recipe.local_epochs, recipe.lr, defense=known)
+    return GradientMatcher(Observation(TASK, believed, net, update))
+
+
+def relative(matcher: GradientMatcher, batch: Batch, *unknowns: Tensor) -> float:
+    return matcher.squared_distance(*batch, *unknowns).item() / matcher.target_norm_sq
+
+
+@pytest.mark.parametrize(
+    ("defense", "kind"),
+    [
+        ("clip(bound=0.1)", "gradient"),
+        ("dpsgd(bound=0.5, sigma=0.0)", "gradient"),
+        ("dpsgd(bound=0.5, sigma=0.0)", "delta"),
+        ("topk(share=0.1)", "gradient"),
+        ("topk(share=0.05, scope=global)", "delta"),
+        ("soteria(share=0.8)", "gradient"),
+        ("oasis()", "gradient"),
+        ("oasis(copies=both)", "delta"),
+        ("oasis()+clip(bound=0.1)+topk(share=0.1)", "delta"),
+    ],
+)
+def test_the_objective_vanishes_at_the_truth_for_who_knows_the_defence(defense: str, kind: str) -> None:
+    net, batch, recipe = network(), batch_of(3), Recipe(3, lr=0.1, defense=defense)
+    assert relative(observe(net, batch, recipe, defense, kind), batch) < 1e-16
+    assert relative(observe(net, batch, recipe, "none", kind), batch) > 1e-4
+    elsewhere = Batch(1 - batch.examples, batch.labels)
+    assert relative(observe(net, batch, recipe, defense, kind), elsewhere) > 1e-3
+
+
+def test_copies_of_oasis_follow_their_minibatch_through_several_steps() -> None:
+    net, batch, recipe = network(), batch_of(4), Recipe(2, 2, lr=0.1, defense="oasis()")
+    update = train(net, batch, TASK, recipe, rng(8))[0]
+    order = recipe.batches(4, rng(8))
+    matcher = GradientMatcher(Observation(TASK, recipe, net, update), "unrolled", order)
+    assert relative(matcher, batch) < 1e-16
+
+
+@pytest.mark.parametrize("defense", ["sign()", "qsgd(levels=7)", "qsgd(levels=7, norm=l2)"])
+def test_the_truth_is_likelier_than_another_example(defense: str) -> None:
+    net, batch = network(), batch_of(1)
+    matcher = observe(net, batch, Recipe(1, defense=defense), defense)
+    for seed in range(5):
+        other = Batch(batch_of(1, seed=50 + seed).examples, batch.labels)
+        assert relative(matcher, batch) < relative(matcher, other)
+        assert matcher.cosine_distance(*batch) < matcher.cosine_distance(*other)
+
+
+def test_the_code_of_precode_is_a_variable() -> None:
+    net, batch, defense = network("precode(units=5)"), batch_of(2), "precode(units=5)"
+    noise = torch.randn(2, 5, generator=rng()).double()
+    client = copy.deepcopy(net)
+    find_bottleneck(client).noise = noise
+    update = gradient(client, batch, TASK, Recipe(2, defense=defense), rng())
+    matcher = GradientMatcher(Observation(TASK, Recipe(2, defense=defense), net, update))
+    (unknown,) = matcher.counter.variables
+    assert unknown.init.shape == noise.shape
+    assert relative(matcher, batch, noise) < 1e-16
+    assert relative(matcher, batch, torch.zeros_like(noise)) > 1e-4
+    assert find_bottleneck(net).noise is None
+
+
+def test_the_mask_of_dropout_is_a_variable() -> None:
+    net, batch = network(), batch_of(2)
+    features = head_layer(net).in_features
+    mask = torch.randint(2, (2, features), generator=rng()).double()
+    client = copy.deepcopy(net)
+    head_layer(client).register_forward_pre_hook(Masked(0.5, mask))
+    update = gradient(client, batch, TASK, Recipe(2), rng())
+    matcher = GradientMatcher(Observation(TASK, Recipe(2, defense="dropout()"), net, update))
+    (unknown,) = matcher.counter.variables
+    assert unknown.init.shape == mask.shape
+    assert relative(matcher, batch, mask) < 1e-16
+    assert relative(matcher, batch, unknown.init.double()) > 1e-4
+    assert unknown.project(2 * mask).max() == 1
+
+
+def test_the_weights_of_mixup_are_a_variable() -> None:
+    net, batch = network(), batch_of(2)
+    recipe = Recipe(2, defense="mixup()")
+    update = gradient(net, batch, TASK, recipe, rng(2))
+    labels = parse("mixup()").on_batch(batch, TASK, _inside(rng(2))).labels[:, :2]
+    matcher = GradientMatcher(Observation(TASK, recipe, net, update))
+    assert relative(matcher, batch, (labels + 1e-300).log()) < 1e-12
+    assert relative(matcher, batch, matcher.counter.variables[0].init.double()) > 1e-8
+
+
+def _inside(stream: torch.Generator) -> torch.Generator:
+    """The stream as on_batch sees it: the client has seeded the global stream from it first."""
+    torch.randint(2**62, (), generator=stream)
+    return stream
+
+
+@pytest.mark.parametrize("defense", ["precode(units=6)", "soteria(share=0.9)", "clip(bound=0.01)"])
+def test_a_fully_connected_network_gives_the_example_away_all_the_same(defense: str) -> None:
+    net = network(defense, "mlp").float()
+    truth = Batch(smooth_pictures(1, 8, seed=0), torch.tensor([1]))
+    recipe = Recipe(1, defense=defense)
+    update = gradient(net, truth, TASK, recipe, rng())
+    rec = ATTACKS["analytic"]().reconstruct(Observation(TASK, recipe, net, update), rng())
+    assert psnr(truth.examples[0], rec.examples[0]) > 60
+
+
+def test_a_random_direction_separates_the_copies_of_oasis() -> None:
+    public = Batch(smooth_pictures(200, 8, seed=3), torch.arange(200) % 4)
+    truth, recipe = Batch(smooth_pictures(6, 8, seed=4), torch.arange(6) % 4), Recipe(6, defense="oasis()")
+    found = {}
+    for direction in ("brightness", "random"):
+        attack = ATTACKS["rtf"](direction=direction, bins=256)
+        net = attack.implant(network().float(), TASK, public, recipe)
+        update = gradient(net, truth, TASK, recipe, rng())
+        rec = attack.reconstruct(Observation(TASK, recipe, net, update, public), rng())
+        found[direction] = sum(max(psnr(t, e) for e in rec.examples) > 30 for t in truth.examples)
+    assert found["brightness"] <= 1
+    assert found["random"] >= 5
+
+
+def test_two_likelihoods_cannot_be_countered_together() -> None:
+    with pytest.raises(UsageError, match="`believe=defense=none`"):
+        parse("topk()+qsgd()").counter()
+
+
+# --- commands ---
+
+
+def test_secure_aggregation_shows_only_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three clients of one image look like one client of three."""
+    flags = ["--image-size", "16", "--jobs", "1", "--out", str(tmp_path), "--defense", "secagg()"]
+    words = ["baseline", *flags, "--trials", "2", "--clients", "3"]
+    assert in_process("main_fed.py", words, monkeypatch) == 0
+    assert [row["trial"] for row in lines(only_run(tmp_path) / "rows.jsonl")] == [0, 0, 0, 1, 1, 1]
+    assert in_process("main_fed.py", [*words, "--rounds", "1"], monkeypatch) == 2
+    assert "send only 1 updates" in capsys.readouterr().err
+    assert in_process("main_grad.py", ["baseline", *flags], monkeypatch) == 2
+    assert "main_fed.py" in capsys.readouterr().err
+
+
+def summary(share: float, p_value: float = 1.0, **more: object) -> dict[str, object]:
+    identified = {"p_value": p_value, "by_class": True}
+    return {"attack": "dlg", "success_rate": share, "psnr": {"mean": 20.0}, "identified": identified, **more}
+
+
+def test_no_verdict_counts_unless_its_control_succeeded() -> None:
+    assert frontier.verdict(summary(0.4), [summary(0.0), summary(0.0)]) == "control failed"
+    assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.6)]) == "broken"
+    assert frontier.verdict(summary(1.0), [summary(0.2), summary(0.0)]) == "weak"
+    assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0, 0.001)]) == "weak"
+    assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0)]) == "holds"
+    assert frontier.verdict(summary(1.0), [{"refused": "why"}, {"refused": "why"}]) == "does not apply"
+
+
+def test_the_pareto_front_holds_what_nothing_else_beats() -> None:
+    points = {"a": ("x", 0.9, 1.0), "b": ("x", 0.8, 0.2), "c": ("y", 0.7, 0.2), "d": ("y", 0.5, 0.0)}
+    assert frontier.pareto(points) == {"a", "b", "d"}
+
+
+def test_the_frontier_writes_table_csv_and_picture_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+
+    def run_cell(words: tuple[str, ...]) -> dict[str, object]:
+        runs.append(words)
+        defended = "none" not in words[words.index("--defense") + 1]
+        return summary(0.2 if defended else 1.0, attack=words[0], accuracy=0.5)
+
+    monkeypatch.setattr(frontier, "run_all", lambda found, jobs: [run_cell(cell.words) for cell in found])
+    frontier.main(frontier.Flags(out=tmp_path, attacks=("dlg", "rtf"), defenses=("oasis",), quick=True))
+    assert len(set(runs)) == len(runs) == 4 + 2 + 2 * 3 * 2
+    adaptive = [w for w in runs if w[0] == "rtf" and "--direction" in w]
+    assert len(adaptive) == 3
+    assert all("--believe" not in w for w in adaptive)
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("weak") == 6
+    assert len((tmp_path / "frontier.csv").read_text().splitlines()) == 7
+    assert (tmp_path / "frontier.png").stat().st_size > 5000
+    assert json.dumps(text.strip())[1:-1] in json.dumps(capsys.readouterr().out)
