@@ -391,6 +391,11 @@ def _read_header(path: Path) -> Header:
     return found
 
 
+def _is_id(value: object) -> bool:
+    """Whether a value can name a round or a node; Flower's node ids have 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
 
@@ -502,11 +507,7 @@ def _class_names(manifest: Mapping[str, Any], task: Task, folder: Path) -> tuple
 
 def _origin(manifest: Mapping[str, Any], folder: Path) -> dict[str, int]:
     origin = manifest.get("origin") or {}
-    if (
-        not isinstance(origin, dict)
-        or not set(origin) <= {"round", "client"}
-        or not all(map(_is_count, origin.values()))
-    ):
+    if not isinstance(origin, dict) or not set(origin) <= {"round", "client"} or not all(map(_is_id, origin.values())):
         raise _broken(folder, "origin holds numbers under round and client")
     return origin
 

@@ -144,11 +144,18 @@ def _double_backward(model: nn.Module, task: Task) -> str | None:
     return None
 
 
+def _vit(model: nn.Module, task: Task) -> str | None:
+    from models.zoo.vit import ViT
+
+    return None if isinstance(model, ViT) else "reads the position embedding of a vision transformer: `model=vit`"
+
+
 REQUIREMENTS: dict[str, Requirement] = {
     "public": Requirement("public examples", _always),
     "pixel_layer": Requirement("a fully connected first layer", _pixel_layer),
     "pixel_layer_bias": Requirement("a bias in the first layer", _pixel_layer_bias),
     "hidden_layer": Requirement("a fully connected layer before the head", _hidden_layer),
     "relu": Requirement("ReLU activations", _relu),
+    "vit": Requirement("the zoo's vision transformer", _vit),
     "double_backward": Requirement("a twice differentiable model", _double_backward),
 }

@@ -107,8 +107,9 @@ def _recommendation(advice: Mapping[str, Any] | None) -> Iterator[str]:
     if advice["setting"] is None:
         yield f"None: {advice['reason']}."
     else:
+        weakest = "the weakest setting tried" if advice["weakest"] else "a setting, perhaps not the weakest,"
         yield (
-            f'`--defense "{advice["setting"]}"` is the weakest setting tried under which every attack that leaked now '
+            f'`--defense "{advice["setting"]}"` is {weakest} under which every attack that leaked now '
             "passes. The attacker knows the setting. Its cost in accuracy was not measured."
         )
     yield ""

@@ -128,30 +128,44 @@ def conclude(battery: Battery, outcomes: list[Outcome], words: list[str]) -> dic
 
 
 def recommendation(battery: Battery, leaking: list[Outcome]) -> dict[str, Any]:
-    """The weakest noise, added to the recipe, under which no attack that leaks now leaks more than allowed."""
-    flags = battery.flags
-    tried: list[dict[str, Any]] = []
-    for sigma in NOISE:
-        setting = f"gauss(sigma={sigma:g})"
-        if battery.subject.recipe.defense != "none":
-            setting = f"{battery.subject.recipe.defense}+{setting}"
-        shares: dict[str, float] = {}
-        subject = simulated(dataclasses.replace(flags, defense=setting))
-        for position, outcome in enumerate(leaking):
-            if battery.left() < outcome.seconds:
-                return {"setting": None, "tried": tried, "reason": "the time limit was reached"}
-            attack: Any = outcome.attack
-            own = dataclasses.replace(attack, **outcome.changed)
-            again = with_subject(battery, subject).run(
-                own, subject.jobs(own), battery.left() / (len(leaking) - position)
-            )
-            shares[own.name] = again.share
-            if again.status != "ran" or again.share > flags.threshold:
-                break
-        tried.append({"defense": canonical(setting), "recovered": shares})
-        if len(shares) == len(leaking) and max(shares.values()) <= flags.threshold:
-            return {"setting": canonical(setting), "tried": tried, "reason": ""}
-    return {"setting": None, "tried": tried, "reason": "no setting that was tried passes"}
+    """The weakest noise, added to the recipe, under which no attack that leaks now leaks more than allowed.
+
+    Bisection: a setting is tried only if none that was tried decides it, as more noise never helps the attacker.
+    """
+    base, threshold = battery.subject.recipe.defense, battery.flags.threshold
+    settings = [canonical(("" if base == "none" else f"{base}+") + f"gauss(sigma={sigma:g})") for sigma in NOISE]
+    tried: dict[int, dict[str, float]] = {}  # shares by position in `settings`
+    weakest, below = len(settings), -1  # the weakest that passed, and the strongest that failed
+    while weakest - below > 1 and battery.left() > leaking[0].seconds:
+        position = (weakest + below) // 2
+        shares = tried[position] = _shares(battery, leaking, settings[position])
+        passed = len(shares) == len(leaking) and all(share <= threshold for share in shares.values())
+        weakest, below = (position, below) if passed else (weakest, position)
+    found = settings[weakest] if weakest < len(settings) else None
+    decided = weakest - below == 1
+    return {
+        "setting": found,
+        "weakest": decided,
+        "tried": [{"defense": settings[position], "recovered": tried[position]} for position in sorted(tried)],
+        "reason": "" if found else "no setting that was tried passes" if decided else "the time limit was reached",
+    }
+
+
+def _shares(battery: Battery, leaking: list[Outcome], setting: str) -> dict[str, float]:
+    """The share of records that each attack recovers under a defence, up to the first that recovers too many."""
+    subject = simulated(dataclasses.replace(battery.flags, defense=setting))
+    shares: dict[str, float] = {}
+    for position, outcome in enumerate(leaking):
+        attack: Any = outcome.attack
+        own = dataclasses.replace(attack, **outcome.changed)
+        jobs = subject.jobs(own)[: len(outcome.found)]
+        again = with_subject(battery, subject).run(own, jobs, battery.left() / (len(leaking) - position))
+        if again.status != "ran":
+            break
+        shares[own.name] = again.share
+        if again.share > battery.flags.threshold:
+            break
+    return shares
 
 
 def control(battery: Battery, outcomes: list[Outcome]) -> dict[str, Any] | None:

@@ -30,7 +30,22 @@ from runner.experiment import commit
 from runner.subjects import Subject
 
 # the order in which attacks are run: those that take seconds first, then the strongest
-ORDER = ("analytic", "spear", "cpa", "trap", "rtf", "ig_single", "sme", "dlg", "idlg", "ig_multi", "dlf", "ggl", "gias")
+ORDER = (
+    "analytic",
+    "spear",
+    "cpa",
+    "april",
+    "trap",
+    "rtf",
+    "ig_single",
+    "sme",
+    "dlg",
+    "idlg",
+    "ig_multi",
+    "dlf",
+    "ggl",
+    "gias",
+)
 # on one gradient, or one local step on all examples, these are ig_single
 SAME_ON_ONE_STEP = ("ig_weight", "ig_multi", "dlf", "sme")
 THREATS: tuple[Threat, ...] = get_args(Threat)

@@ -22,13 +22,14 @@ from runner import cli
 from runner.experiment import Experiment
 from runner.flags import Fed, Grad
 from runner.sources import federated_source, gradient_source
+from runner.subjects import Audit
 from tests.conftest import ROOT
 from utils.flags import Parser, add_flags, given
 
 SCRIPTS = sorted(
     p.relative_to(ROOT).as_posix() for p in (ROOT / "experiments").rglob("*.sh") if p.name != "env.sh"
 )  # env.sh is sourced by all others
-TOOLS = ("evaluation.inspect",)  # modules that are run with python -m and have flags
+TOOLS = ("defenses.detect", "evaluation.inspect")  # modules that are run with python -m and have flags
 PAGES = {"main_grad.py": (Grad, gradient_source), "main_fed.py": (Fed, federated_source)}
 
 
@@ -112,10 +113,13 @@ def test_a_command_of_the_readme_parses(command: str, recorder: Path) -> None:
     elif words[0] == "python" and words[1] in PAGES:
         if "--help" not in words:
             assert_parses(words[1:])
+    elif words[:2] == ["python", "main_audit.py"]:
+        assert_flags_parse(Audit, words[2:])
     else:
         assert words[:2] == ["python", "-m"] and words[2] in ("report", *TOOLS), f"who runs this? {command}"
         if words[2] in TOOLS:
-            assert_flags_parse(importlib.import_module(words[2]).Flags, words[3:])
+            model = [] if words[3].startswith("-") else ["--model"]
+            assert_flags_parse(importlib.import_module(words[2]).Flags, [*model, *words[3:]])
 
 
 def test_the_readme_has_a_quick_start_and_a_test_command() -> None:

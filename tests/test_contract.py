@@ -266,6 +266,7 @@ def without(requirement: str) -> nn.Module | None:
         "hidden_layer": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6)),
         "relu": nn.Sequential(flat, nn.Linear(side, 32), nn.Sigmoid(), nn.Linear(32, 6)),
         "double_backward": nn.Sequential(nn.Conv2d(3, 4, 3), OnceDifferentiable(), flat, nn.Linear(784, 6)),
+        "vit": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6)),
     }.get(requirement)
 
 

@@ -1,0 +1,10 @@
+#!/bin/sh
+# The tokens of a vision transformer, APRIL (Lu et al., 2022) on the weight updates of federated clients, one attacked client a round.
+# sh experiments/fed/april.sh [flags]      all flags: --help
+
+BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
+DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos needs no download
+
+ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
+exec "$PYTHON" "$ROOT/main_fed.py" april --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
+    --model vit_plain "$@"
