@@ -14,30 +14,17 @@ from torch import nn
 
 from attacks.base import register
 from attacks.labels.inference import infer_labels
-from attacks.matching.features import matching_objective
+from attacks.matching.features import FeatureInversion
 from attacks.matching.matcher import GradientMatcher, note_adam
 from attacks.matching.runs import to_reconstruction
-from attacks.matching.signed_inversion import SignedInversion
-from core.hyperparameters import hp, hyperparameters
 from core.protocol import Observation, Recipe, Reconstruction, Task
 
 
-@hyperparameters
-class CosineInversion(SignedInversion):
+class CosineInversion(FeatureInversion):
     """What the three attacks share: they differ only in how they model an update."""
 
     citation = "Geiping, Bauermeister, Dröge, Moeller: Inverting Gradients. NeurIPS 2020"
     link = "https://arxiv.org/abs/2003.14053"
-    paper = {"feature_weight": (0.0, "as published"), "feature_iterations": (0, "as published")}
-
-    feature_weight: float = hp(
-        1.0,
-        "weight of the distance of those layer inputs that the gradient of one example determines; 0: not used",
-        ge=0,
-    )
-    feature_iterations: int = hp(
-        300, "steps that invert these layer inputs alone and give the first run's start; 0: none", ge=0, smoke=3
-    )
 
     @abstractmethod
     def matcher(self, observation: Observation) -> GradientMatcher:
@@ -45,8 +32,7 @@ class CosineInversion(SignedInversion):
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         labels = infer_labels(self.matcher(observation).mean_gradient, observation, rng)
-        weight, iterations = self.feature_weight, self.feature_iterations
-        objective = matching_objective(observation, labels, self.matcher, weight, iterations, rng)
+        objective = self.objective(observation, labels, self.matcher, rng)
         return to_reconstruction(self.descend(objective, labels, rng))
 
 

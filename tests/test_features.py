@@ -46,7 +46,9 @@ def inputs_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def observe(n: int = 1, defense: str = "none", mode: str = "eval", model: nn.Module | None = None) -> tuple[Batch, Observation]:
+def observe(
+    n: int = 1, defense: str = "none", mode: str = "eval", model: nn.Module | None = None
+) -> tuple[Batch, Observation]:
     net = model or network(norm=mode == "train")
     truth = Batch(smooth_pictures(n, 8, seed=1), torch.arange(n) % 5)
     recipe = Recipe(n, defense=defense, model_mode=mode)  # type: ignore[arg-type]

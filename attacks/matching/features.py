@@ -1,31 +1,34 @@
 """Feature matching: examples whose layers receive what the update says they received. Ours.
 
-    x_0 = argmin_{x valid}  R(x),    R(x) = mean_l || f_l(x) / ||f_l(x)|| - f_l ||^2 / 2
-    x*  = argmin_{x valid}  1 - cos(g^, g*) + w R(x),    started at x_0
+    x_0 = argmin_{x valid}  R(x),                         R(x) = mean_l || f_l(x) / ||f_l(x)|| - f_l* ||^2 / 2
+    x*  = argmin_{x valid}  1 - cos(g^, g*) + w R(x) + v S(x) + a TV(x),    started at x_0
 
-with f_l the inputs of those layers for which the gradient of one example determines them (layer_inputs.py). The first
-problem needs no second derivatives, so its steps are several times faster. And it is better conditioned: a layer's
-input depends on the example through the layers before it, a gradient through all layers twice.
+with f_l* the inputs of those layers for which the gradient of one example determines them (layer_inputs.py), and S the
+distance of BatchNorm's batch statistics from those that the returned buffers reveal (statistics.py). The first problem
+needs no second derivatives. It is also better conditioned: a layer's input depends on the example through the layers
+before it, a gradient through all layers twice.
 """
 
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.matching.layer_inputs import LayerInput, determined_inputs
+from attacks.matching.layer_inputs import determined_inputs
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
-from attacks.matching.signed_inversion import MatchingObjective
+from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
+from attacks.matching.statistics import batch_statistics
 from attacks.optim.adam import Adam
-from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
+from attacks.optim.loop import Function, Phase, descend
 from attacks.optim.tracker import current_tracker
+from core.hyperparameters import hp, hyperparameters
 from core.protocol import Observation
 
 PROBES = 4  # smooth random examples that show which positions of a layer's output have a gradient
@@ -34,85 +37,118 @@ STEP = 0.1  # of Adam in the first problem, in the model's units, falling as hal
 MakeMatcher = Callable[[Observation], GradientMatcher]
 
 
-def matching_objective(
-    observation: Observation, labels: Tensor, make: MakeMatcher, weight: float, iterations: int, rng: torch.Generator
-) -> MatchingObjective:
-    """The objective of an attack that matches the update by `make(observation)`.
+class Known(Protocol):
+    """What is known of one layer's input."""
 
-    Where the update determines inputs of layers, these are matched as well, with `weight` times their distance, and
-    the first run starts at examples that `iterations` steps have inverted them to. Otherwise, and with a weight of 0,
-    it is the cosine distance of updates.
-    """
-    matcher = make(observation)
-    if not weight or matcher.unrolled or matcher.num_examples > 1:
-        return MatchingObjective(matcher)
-    domain = observation.task.domain
-    probes = domain.to_model(_smooth_examples(domain.shape).to(matcher.target[0]))
-    inputs = determined_inputs(observation.model, matcher.mean_gradient, probes, int(labels[0]))
-    if not inputs:
-        return MatchingObjective(matcher)
-    objective = FeatureMatching(observation, inputs, make, weight)
-    if iterations:
-        invert = partial(objective.invert, labels, iterations, rng)
-        objective.first_guess = current_tracker().run_segment(Run, rng, invert)
-    return objective
+    layer: str
+
+    def distance(self, features: Tensor) -> Tensor:
+        """How far inputs (N, *shape) are from it: ()."""
 
 
-class FeatureMatching(MatchingObjective):
-    """The cosine distance of updates plus `weight` times the mean distance of the layers' inputs."""
+@hyperparameters
+class FeatureInversion(SignedInversion):
+    """Signed descent on an update, and on what it tells exactly about the inputs of layers."""
 
-    def __init__(self, observation: Observation, inputs: list[LayerInput], make: MakeMatcher, weight: float) -> None:
-        self.inputs, self.weight = inputs, weight
+    paper = {
+        "feature_weight": (0.0, "as published"),
+        "feature_iterations": (0, "as published"),
+        "statistics_weight": (0.0, "as published"),
+    }
+
+    feature_weight: float = hp(
+        1.0, "weight of the distance of layer inputs that the gradient of one example determines; 0: not used", ge=0
+    )
+    feature_iterations: int = hp(
+        300, "steps that invert these layer inputs alone, for the start of the first run; 0: none", ge=0, smoke=3
+    )
+    statistics_weight: float = hp(
+        0.1, "weight of the distance of batch statistics that returned BatchNorm buffers reveal after one step", ge=0
+    )
+
+    def objective(
+        self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator
+    ) -> MatchingObjective:
+        """The cosine distance of `make(observation)`, with what the update determines beyond it, if anything."""
+        matcher, model = make(observation), observation.model
+        single = not matcher.unrolled and matcher.num_examples == 1
+        statistics = batch_statistics(model, observation.update.buffers) if not matcher.unrolled else []
+        groups: list[tuple[float, Sequence[Known]]] = []
+        if self.statistics_weight and statistics and statistics[0].steps == 1:
+            groups.append((self.statistics_weight, statistics))
+        inputs = []
+        if self.feature_weight and single:
+            domain = observation.task.domain
+            probes = domain.to_model(_smooth_examples(domain.shape).to(matcher.target[0]))
+            inputs = determined_inputs(model, matcher.mean_gradient, probes, int(labels[0]))
+        if inputs:
+            groups.append((self.feature_weight, inputs))
+        if not groups:
+            return MatchingObjective(matcher)
+        objective = KnownInputs(observation, groups, make)
+        if inputs and self.feature_iterations:
+            invert = partial(objective.invert, labels, self.feature_iterations, rng)
+            objective.first_guess = current_tracker().run_segment(Run, rng, invert)
+        return objective
+
+
+class KnownInputs(MatchingObjective):
+    """The cosine distance of updates, plus for each group its weight times the mean distance of its layers' inputs."""
+
+    def __init__(
+        self, observation: Observation, groups: Sequence[tuple[float, Sequence[Known]]], make: MakeMatcher
+    ) -> None:
+        self.groups = groups
         self.captured: dict[str, Tensor] = {}
         model = copy.deepcopy(observation.model)
-        for entry in inputs:
-            model.get_submodule(entry.layer).register_forward_pre_hook(_capture_in(self.captured, entry.layer))
+        for name in {entry.layer for _, group in groups for entry in group}:
+            model.get_submodule(name).register_forward_pre_hook(_capture_in(self.captured, name))
         super().__init__(make(dataclasses.replace(observation, model=model)))
 
     def distance(self, examples: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
         of_updates = super().distance(examples, labels, *extra)
-        return of_updates + self.weight * self.captured_distance()
+        return of_updates + self.distance_of_inputs()
 
-    def captured_distance(self) -> Tensor:
-        """R of the examples that went through the model last."""
-        found = []
-        for entry in self.inputs:
-            features = self.captured.pop(entry.layer) * entry.mask
-            unit = features / features.norm().clamp(min=1e-12)
-            found.append((unit - entry.direction).square().sum() / 2)
-        return torch.stack(found).mean()
+    def distance_of_inputs(self) -> Tensor:
+        """The weighted distances of the examples that went through the model last."""
+        found = [
+            weight * torch.stack([entry.distance(self.captured[entry.layer]) for entry in group]).mean()
+            for weight, group in self.groups
+        ]
+        self.captured.clear()
+        return torch.stack(found).sum()
 
     def invert(self, labels: Tensor, iterations: int, rng: torch.Generator) -> Run:
-        """The examples at the lowest R that a descent from the middle of the domain finds."""
-        domain, meta = self.matcher.task.domain, self.matcher.full_precision().meta
+        """The examples at the lowest distance of inputs that a descent from the middle of the domain finds.
+
+        The loss is the whole objective there, with labels (N,).
+        """
+        exact = self.full_precision()
+        domain, meta = self.matcher.task.domain, exact.matcher.meta
         x = domain.to_model(domain.init(len(labels), rng).to(self.matcher.target[0]))
         domain.project_(x)
         x.requires_grad_()
-        phase = Phase(
-            rates=lambda i: (STEP * (1 + math.cos(math.pi * i / iterations)) / 2,),
-            steps=iterations,
-        )
-        objective = _InputDistance(lambda x: (meta(x), self.captured_distance())[1])
-        state = descend([x], objective, Adam([x]), [phase], rng, project=lambda: domain.project_(x))
-        return Run(
-            examples=domain.decode(state.best_variables[0]),
-            labels=labels,
-            loss=state.best,
-            trace=tuple(state.trace),
-            iterations=state.iterations,
-            failed=not state.best < state.trace[0],
-        )
+
+        def distance(x: Tensor) -> Tensor:
+            meta(x)
+            return self.distance_of_inputs()
+
+        rates = [STEP * (1 + math.cos(math.pi * i / iterations)) / 2 for i in range(iterations)]
+        phase = Phase(rates=lambda i: rates[i : i + 1], steps=iterations)
+        state = descend([x], Signed(distance), Adam([x]), [phase], rng, project=lambda: domain.project_(x))
+        examples = domain.decode(state.best_variables[0])
+        unknowns = [v.init.to(x) for v in self.variables]
+        with torch.no_grad():
+            loss = exact.distance(examples, labels, *unknowns).item()
+        return Run(examples, labels, loss, tuple(state.trace), state.iterations, failed=False)
 
 
-class _InputDistance(Objective):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+class Signed(Function):
+    """An objective from a function of the variables, whose gradient counts by its sign."""
 
-    def __call__(self, state: State) -> Evaluation:
-        (x,) = state.variables
-        loss = self.function(x)
-        (grad,) = torch.autograd.grad(loss, x)
-        return Evaluation(loss.item(), (grad.sign(),), loss.item())
+    def __call__(self, state: Any) -> Any:
+        found = super().__call__(state)
+        return dataclasses.replace(found, grads=tuple(None if g is None else g.sign() for g in found.grads))
 
 
 def _capture_in(captured: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

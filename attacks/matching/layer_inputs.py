@@ -37,6 +37,11 @@ class LayerInput:
     direction: Tensor  # (1, *shape), zero outside the mask
     mask: Tensor  # (1, *shape), 1 or 0
 
+    def distance(self, features: Tensor) -> Tensor:
+        """Half the squared distance of the directions, 1 - cos, of inputs (1, *shape): ()."""
+        known = features * self.mask
+        return (known / known.norm().clamp(min=1e-12) - self.direction).square().sum() / 2
+
 
 def determined_inputs(model: nn.Module, gradient: Sequence[Tensor], probes: Tensor, label: int) -> list[LayerInput]:
     """The layer inputs that the gradient of one example determines, in the order in which the layers are called.

@@ -1,6 +1,7 @@
 """Examples by Adam on the sign of their gradient, under a regulariser: what the attacks after DLG share."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
 from core.hyperparameters import hp, hyperparameters
 from defenses.base import Variable
 
+SOLVED = 1e-4  # objective below which a first guess is the answer
 DECAY_AT = (3 / 8, 5 / 8, 7 / 8)  # shares of the budget at which the step falls to a tenth
 
 Own = TypeVar("Own", bound="MatchingObjective")
@@ -35,7 +37,7 @@ class MatchingObjective(Objective):
         self.matcher = matcher
         self.labels: Tensor | None = None  # of the examples; set by SignedInversion.descend
         self.gradients: Any = None  # likewise: how gradients of the examples become steps
-        self.first_guess: Run | None = None  # where the first run starts, at a tenth of the step, instead of at `init`
+        self.first_guess: Run | None = None  # where the first run starts, without the phase of the largest steps
 
     @property
     def variables(self) -> tuple[Variable, ...]:
@@ -122,6 +124,8 @@ class SignedInversion(Attack):
         domain = matcher.task.domain
         assert labels is not None
         guess = objective.first_guess if number == 0 else None
+        if guess is not None and guess.loss < SOLVED:
+            return dataclasses.replace(guess, trace=(guess.loss,))
         if guess is not None:
             x = domain.to_model(guess.examples)
         elif self.init == "normal":
@@ -145,12 +149,12 @@ class SignedInversion(Attack):
         bounds = [0, *(round(self.iterations * share) for share in DECAY_AT), self.iterations]
         phases = [
             Phase(
-                rates=lambda i, stage=stage: [step * 0.1 ** max(stage, guess is not None) for step in steps],
+                rates=lambda i, stage=stage: [step * 0.1**stage for step in steps],
                 steps=end - begin,
                 should_stop=should_stop,
             )
             for stage, (begin, end) in enumerate(pairwise(bounds))
-        ]
+        ][guess is not None :]  # a first guess needs no large steps
         state = descend(
             variables, objective, Adam(variables), phases, rng, project=project, run=(number, self.restarts)
         )

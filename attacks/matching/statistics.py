@@ -16,7 +16,6 @@ Yin et al., See through Gradients, CVPR 2021, match statistics of the broadcast 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
