@@ -101,7 +101,9 @@ def test_step_size_falls_at_three_five_and_seven_eighths(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("attacks.matching.signed_inversion.Adam", Spy)
     _, observation = observe(1)
-    ATTACKS["ig_single"](iterations=16, patience=0, feature_weight=0).reconstruct(observation, torch.Generator().manual_seed(0))
+    ATTACKS["ig_single"](iterations=16, patience=0, feature_weight=0).reconstruct(
+        observation, torch.Generator().manual_seed(0)
+    )
     assert observed == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2)
 
 
