@@ -14,13 +14,13 @@ from torch import nn
 
 from attacks.base import MatchingDistance, register
 from attacks.labels.inference import infer_labels
+from attacks.matching.features import FeatureInversion
 from attacks.matching.matcher import GradientMatcher, note_adam
 from attacks.matching.runs import to_reconstruction
-from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
 from core.protocol import Observation, Recipe, Reconstruction, Task
 
 
-class CosineInversion(SignedInversion):
+class CosineInversion(FeatureInversion):
     """What the three attacks share: they differ only in how they model an update."""
 
     citation = "Geiping, Bauermeister, Dröge, Moeller: Inverting Gradients. NeurIPS 2020"
@@ -35,9 +35,9 @@ class CosineInversion(SignedInversion):
         return None if matcher.counter.variables else matcher.cosine_distance
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        matcher = self.matcher(observation)
-        labels = infer_labels(matcher.mean_gradient, observation, rng)
-        return to_reconstruction(self.descend(MatchingObjective(matcher), labels, rng))
+        labels = infer_labels(self.matcher(observation).mean_gradient, observation, rng)
+        objective = self.objective(observation, labels, self.matcher, rng)
+        return to_reconstruction(self.descend(objective, labels, rng))
 
 
 @register("ig_single")

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from attacks.base import MatchingDistance, register
 from attacks.labels.inference import infer_labels
 from attacks.matching.distances import TINY, cosine_distance, inner, inner_and_square
+from attacks.matching.features import FeatureInversion
 from attacks.matching.matcher import GradientMatcher, note_adam
 from attacks.matching.runs import to_reconstruction
-from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
+from attacks.matching.signed_inversion import MatchingObjective
 from attacks.optim.loop import State
 from core.hyperparameters import hp
 from core.protocol import Observation, Recipe, Reconstruction, Task
@@ -37,7 +38,7 @@ from defenses.base import Variable
 
 
 @register("sme")
-class SME(SignedInversion):
+class SME(FeatureInversion):
     """Surrogate Model Extension: cosine distance at a model between the one broadcast and the one returned."""
 
     citation = "Zhu, Yao, Blaschko: Surrogate Model Extension. ICML 2023"
@@ -78,15 +79,20 @@ class SME(SignedInversion):
         update = observation.update
         several = update.kind == "delta" and observation.recipe.steps(update.num_examples) > 1
         update_model = "unrolled" if several and self.correction_interval else "single_step"
-        matcher = GradientMatcher(observation, update_model, fast_convs=True, precision=self.precision)
+
+        def make(observed: Observation) -> GradientMatcher:
+            return GradientMatcher(observed, update_model, fast_convs=True, precision=self.precision)
+
+        matcher = make(observation)
         labels = infer_labels(matcher.mean_gradient, observation, rng)
-        objective = MatchingObjective(matcher)
         if several:
             corrections = range(self.iterations // 10, self.iterations, self.correction_interval or self.iterations)
             delta = update.ordered(observation.model)
-            objective = Surrogate(
+            objective: MatchingObjective = Surrogate(
                 matcher, delta, self.alpha, self.alpha_lr, corrections if self.correction_interval else range(0)
             )
+        else:
+            objective = self.objective(observation, labels, make, rng)
         return to_reconstruction(self.descend(objective, labels, rng))
 
 

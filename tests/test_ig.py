@@ -101,14 +101,16 @@ def test_step_size_falls_at_three_five_and_seven_eighths(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("attacks.matching.signed_inversion.Adam", Spy)
     _, observation = observe(1)
-    ATTACKS["ig_single"](iterations=16, patience=0).reconstruct(observation, torch.Generator().manual_seed(0))
+    ATTACKS["ig_single"](iterations=16, patience=0, feature_weight=0).reconstruct(
+        observation, torch.Generator().manual_seed(0)
+    )
     assert observed == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2)
 
 
 def test_a_plateau_ends_the_run_early() -> None:
     """Steps too small for any improvement: each of the four phases waits, and the budget is not spent."""
     _, observation = observe(1)
-    attack = ATTACKS["ig_single"](iterations=100_000, patience=3, lr=1e-12)
+    attack = ATTACKS["ig_single"](iterations=100_000, patience=3, lr=1e-12, feature_weight=0)
     assert attack.reconstruct(observation, torch.Generator()).iterations <= 4 * 5
 
 

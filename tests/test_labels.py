@@ -17,15 +17,17 @@ from models import build
 from tests.test_attacks import smooth_pictures
 
 
-def observe(classes: int, labels: torch.Tensor, recipe: Recipe | None, activation: str, seed: int) -> Observation:
-    """The update of a client with these labels; a gradient unless there is a recipe."""
+def observe(
+    classes: int, labels: torch.Tensor, recipe: Recipe | None, activation: str, seed: int, as_gradient: bool = False
+) -> Observation:
+    """The update of a client with these labels; a gradient if there is no recipe, or if asked for."""
     task = image_task((3, 12, 12), classes)
     rng = torch.Generator().manual_seed(seed)
     net = build("cnn", task.domain.shape, classes, activation=activation, rng=rng)
     truth = Batch(smooth_pictures(len(labels), 12, seed), labels)
     public = Batch(smooth_pictures(64, 12, seed + 1000), torch.zeros(64, dtype=torch.int64))
-    if recipe is None:
-        recipe = Recipe(len(labels))
+    if recipe is None or as_gradient:
+        recipe = recipe or Recipe(len(labels))
         update = gradient(net, truth, task, recipe, rng)
     else:
         update, _ = train(net, truth, task, recipe, rng)
@@ -104,6 +106,21 @@ def test_simulated_clients_apply_the_defense() -> None:
         without.append(accuracy("bias counts", undefended, labels))
     assert statistics.median(hits) >= 0.9
     assert statistics.median(hits) > statistics.median(without)
+
+
+@pytest.mark.parametrize("recipe", [None, Recipe(32, lr=0.05)])
+def test_counts_do_not_depend_on_the_scale_of_a_clipped_gradient(recipe: Recipe | None) -> None:
+    """All classes occur, so no class tells the scale by its absence. Without knowledge of the clip counts are wrong."""
+    hits, without = [], []
+    for seed in range(3):
+        labels = torch.randint(6, (32,), generator=torch.Generator().manual_seed(seed))
+        clipped = dataclasses.replace(recipe or Recipe(32), defense="clip(bound=0.01)")
+        observation = observe(6, labels, clipped, "relu", seed, as_gradient=recipe is None)
+        hits.append(accuracy("bias counts", observation, labels))
+        undefended = dataclasses.replace(observation, recipe=recipe or Recipe(32))
+        without.append(accuracy("bias counts", undefended, labels))
+    assert statistics.fmean(hits) >= 0.95
+    assert statistics.fmean(hits) > statistics.fmean(without)
 
 
 def test_counts_beyond_all_bounds_are_rounded() -> None:

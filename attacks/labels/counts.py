@@ -20,6 +20,10 @@ CALIBRATION_EXAMPLES = 256  # public examples over which a mean softmax is taken
 SIMULATION_EXAMPLES = 16  # likewise where simulations correct the error of a few
 SYNTHETIC_EXAMPLES = 64  # where there is no public data
 POSITIONS = 3  # models between W_t and W_t+1 over which the softmax is averaged
+SCALE_STARTS = (1.0, 2.0, 4.0)  # factors of a defence at which its estimate starts, in units of the smallest possible
+SCALE_ROUNDS, SCALE_CLIENTS = 4, 3  # rounds of simulation of this factor, and clients in each
+SCALE_RANGE, SCALE_STD = 0.25, 0.1  # of its logarithm about that of the simulated clients
+COUNT_STD = 0.1  # of the error of a count that is not rounded
 RIDGE = 0.05  # penalty of the regression, in units of the features' deviation, on a sum over simulations and classes
 
 
@@ -28,17 +32,19 @@ def bias_counts(mean_gradient: tuple[Tensor, ...], observation: Observation) -> 
     """Label counts n_j = K (pbar_j - db_j), rounded to sum to K, as labels (K,) in ascending order.
 
     pbar, the mean softmax over the private examples, is estimated on public ones, or on synthetic ones if there are
-    none. After several local steps it is averaged over models between the one broadcast and the one returned. The
-    client's path is not straight, and its curvature depends on the order of its minibatches. So the counts are then
-    corrected by simulation. Simulated clients, with labels near those inferred so far, train by the same recipe. A
-    ridge regression predicts their true counts from features of their updates (`_features`) and is applied to the
-    observed update. Adam's update does not show the size of db: initial counts are then proportional to -db_j over the
-    classes with db_j < 0. Needs a head with bias.
+    none. A defence that scales one gradient is undone (`scaled_counts`). After several local steps pbar is averaged
+    over models between the one broadcast and the one returned. The client's path is not straight, and its curvature
+    depends on the order of its minibatches. So the counts are then corrected by simulation. Simulated clients, with
+    labels near those inferred so far, train by the same recipe. A ridge regression predicts their true counts from
+    features of their updates (`_features`) and is applied to the observed update. Adam's update does not show the size
+    of db: initial counts are then proportional to -db_j over the classes with db_j < 0. Needs a head with bias.
     """
     count, recipe = observation.update.num_examples, observation.recipe
     update = observation.update.ordered(observation.model)
     if observation.update.kind == "gradient" or (recipe.steps(count) == 1 and recipe.optimizer == "sgd"):
         responses = _Responses(observation, CALIBRATION_EXAMPLES)
+        if parse(recipe.defense).steps:
+            return scaled_counts(mean_gradient, observation, responses)
         return round_counts(_straight_counts(mean_gradient, observation, update, responses), count)
     responses = _Responses(observation, SIMULATION_EXAMPLES, fast_convs=True)
     observed = _features(mean_gradient, observation, update, responses)
@@ -69,6 +75,50 @@ def synthetic_examples(observation: Observation) -> Batch:
         values = torch.nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear", align_corners=False)
     examples = observation.task.domain.project(values).to(observation.update.device)
     return Batch(examples, torch.zeros(len(examples), dtype=torch.int64, device=examples.device))
+
+
+def scaled_counts(mean_gradient: tuple[Tensor, ...], observation: Observation, responses: "_Responses") -> Tensor:
+    """Labels (K,) of a client whose gradient a defence has scaled by an unknown factor c: n_j = K (pbar_j - db_j / c).
+
+    The factor is that of simulated clients with public examples and the labels inferred so far, which the defence
+    scales as it does the victim. It is then moved by at most a quarter to where the counts are nearest to whole
+    numbers. This is repeated from several first factors, of which the smallest makes no count negative and is exact
+    if a class is absent; the labels whose factor and counts agree best are returned.
+    """
+    count, classes = observation.update.num_examples, observation.task.num_classes
+    bias = bias_gradient(mean_gradient, observation)
+    expected = responses.at(mean_gradient, 0.0)[0].softmax(1).mean(0)
+    smallest = (bias / expected.clamp(min=1e-12)).max().clamp(min=1e-12)
+    found: list[tuple[float, Tensor]] = []
+    for start in SCALE_STARTS if bias.isfinite().all() and bias.abs().max() > 0 else ():
+        labels = round_counts(count * (expected - bias / (start * smallest)), count)
+        for _ in range(SCALE_ROUNDS):
+            simulated = [_simulate_scale(labels, seed, observation, responses) for seed in range(SCALE_CLIENTS)]
+            center = torch.tensor(simulated, dtype=torch.float64).log().mean()
+            candidates = (center + torch.linspace(-SCALE_RANGE, SCALE_RANGE, 101, dtype=torch.float64)).exp()
+            counts = count * (expected - bias / candidates[:, None].to(bias))  # (101, C)
+            rounded = [torch.bincount(round_counts(row, count), minlength=classes) for row in counts]
+            penalties = ((counts - torch.stack(rounded)).square().sum(1) / COUNT_STD**2).double().cpu()
+            penalties += ((candidates.log() - center) / SCALE_STD).square()
+            best = int(penalties.argmin())
+            before, labels = labels, round_counts(counts[best], count)
+            if labels.equal(before):
+                break
+        found.append((penalties[best].item(), labels))
+    return min(found, key=lambda pair: pair[0])[1] if found else round_counts(count * expected, count)
+
+
+def _simulate_scale(labels: Tensor, seed: int, observation: Observation, responses: "_Responses") -> float:
+    """The factor by which the defence scales the gradient of a client with public examples and these labels (K,)."""
+    rng = torch.Generator().manual_seed(seed)
+    public, recipe = responses.public.examples, observation.recipe
+    chosen = torch.randint(len(public), (len(labels),), generator=rng)
+    inputs = observation.task.domain.to_model(public[chosen.to(public.device)])
+    gradient = responses.meta.gradient(inputs, labels, create_graph=False)
+    weight = 1.0 if observation.update.kind == "gradient" else recipe.total_step_weight(len(labels))
+    sent = parse(recipe.defense).on_update(tuple(weight * g for g in gradient), rng)
+    product, square = (sum((a * b).sum().item() for a, b in zip(x, gradient, strict=True)) for x in (sent, gradient))
+    return max(product / (weight * square), 1e-12) if square > 0 else 1.0
 
 
 class _Responses:
