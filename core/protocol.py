@@ -20,13 +20,20 @@ from core.registry import Registry
 LOSSES: Registry[Any] = Registry("loss")
 LOSSES.add("cross_entropy", F.cross_entropy)
 
+
+@LOSSES.register("next_token")
+def next_token(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of token p + 1 under the logits (N, vocabulary, L) of position p, for all p but the last."""
+    return F.cross_entropy(logits[..., :-1], ids[:, 1:])
+
+
 Kind = Literal["gradient", "delta"]
 
 
 class Batch(NamedTuple):
     """Examples and their labels."""
 
-    examples: Tensor  # (N, *shape) in the domain's units: images have pixels in [0, 1]
+    examples: Tensor  # (N, *shape) in the domain's units: images have pixels in [0, 1], sentences are int64 ids
     labels: Tensor  # (N,) int64
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -72,6 +79,10 @@ class Recipe:
     model_mode: Literal["eval", "train"] = "eval"
     loss: str = "cross_entropy"
     defense: str = "none"
+
+    def targets(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What the loss compares the model's outputs with: the labels or, of a language model, its own inputs."""
+        return inputs if self.loss == "next_token" else labels
 
     def steps(self, num_examples: int) -> int:
         """T, the number of steps a client with `num_examples` examples takes."""

@@ -19,8 +19,10 @@ def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: to
     defense = parse(recipe.defense)
     local = _private_copy(model, recipe, defense)
     examples, labels = defense.on_batch(batch, rng)
+    inputs = task.domain.to_model(examples)
+    targets = recipe.targets(inputs, labels)
     with seeded_global_rng(rng):
-        grads = defense.on_gradient(lambda: _gradient(local, task.domain.to_model(examples), labels, recipe), rng)
+        grads = defense.on_gradient(lambda: _gradient(local, inputs, targets, recipe), rng)
     tensors = tuple(torch.zeros_like(p) if g is None else g for p, g in zip(local.parameters(), grads, strict=True))
     return _update("gradient", local, tensors, len(batch.labels), defense, rng)
 
@@ -37,12 +39,13 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
     optimizer = _optimizer(local, recipe)
     examples, labels = defense.on_batch(batch, rng)
     inputs = task.domain.to_model(examples)
+    targets = recipe.targets(inputs, labels)
     losses: list[float] = []
     schedule = recipe.batches(len(labels), rng)
     with seeded_global_rng(rng):
         for indices, lr in zip(schedule, recipe.learning_rates(len(schedule)), strict=True):
             optimizer.param_groups[0]["lr"] = lr
-            plain = partial(_gradient, local, inputs[indices], labels[indices], recipe, losses)
+            plain = partial(_gradient, local, inputs[indices], targets[indices], recipe, losses)
             grads = defense.on_gradient(plain, rng)
             for parameter, grad in zip(local.parameters(), grads, strict=True):
                 parameter.grad = grad
@@ -52,10 +55,10 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
 
 
 def _gradient(
-    model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, recipe: Recipe, losses: list[float] | None = None
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, recipe: Recipe, losses: list[float] | None = None
 ) -> Gradient:
     """The plain gradient of a batch, None for a frozen or unused parameter; its loss is appended to `losses`."""
-    loss = LOSSES[recipe.loss](model(inputs), labels)
+    loss = LOSSES[recipe.loss](model(inputs), targets)
     if losses is not None:
         losses.append(loss.item())
     trainable = [p for p in model.parameters() if p.requires_grad]

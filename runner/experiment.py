@@ -16,6 +16,7 @@ from torch import nn
 import data
 import models
 from attacks.base import Attack
+from core.domain import TextDomain
 from core.errors import UsageError
 from core.paths import ROOT
 from core.protocol import Batch, Observation, Recipe
@@ -56,7 +57,7 @@ class Experiment:
         self.device = choose_device(flags.device)
         public = "same" if flags.public == "none" else flags.public
         self.dataset = _load_data(
-            flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public
+            flags.dataset, flags.base_datadir, flags.image_size, flags.tokens, flags.normalize, flags.victims, public
         )
         self.task = self.dataset.task
         self.model = self._build_model().to(self.device)
@@ -73,12 +74,13 @@ class Experiment:
         flags = self.flags
         model = models.build(
             flags.model,
-            self.task.domain.shape,  # type: ignore[arg-type]
+            self.task.domain.shape,
             self.task.num_classes,
             activation=flags.activation,
             norm=flags.norm,
             dropout=flags.dropout,
             width=flags.width,
+            vocabulary=len(self.task.domain.words) if isinstance(self.task.domain, TextDomain) else None,
             rng=stream(self.seed, "model"),
         )
         if flags.weights is not None:
@@ -107,7 +109,8 @@ class Experiment:
         """Train on public data first, if the flags ask for it."""
         if self.flags.pretrain_epochs:
             rng = stream(self.seed, "pre")
-            pretrain(self.model, self.public_on_device, self.task, self.flags.pretrain_epochs, rng, on_step)
+            loss = self.source.recipe.loss
+            pretrain(self.model, self.public_on_device, self.task, self.flags.pretrain_epochs, rng, on_step, loss)
 
     def session(self) -> Session:
         """The federation's side of the run, whose server prepares each broadcast as the attack does."""
@@ -135,7 +138,7 @@ class Experiment:
         return Observation(self.task, recipe, model, update, public, granted)
 
     def accuracy(self, model: nn.Module) -> float:
-        return accuracy(model, self.test, self.task)
+        return accuracy(model, self.test, self.task, loss=self.source.recipe.loss)
 
     @property
     def worker_count(self) -> int:
@@ -209,10 +212,10 @@ def choose_device(name: str) -> torch.device:
 
 @functools.lru_cache(maxsize=2)
 def _load_data(
-    name: str, base: Path, image_size: int | None, normalize: str, victims: str, public: str
+    name: str, base: Path, image_size: int | None, tokens: int | None, normalize: str, victims: str, public: str
 ) -> data.Dataset:
     chosen: dict[str, Any] = {"normalize": normalize, "victims": victims, "public": public}
-    return data.load(name, base_datadir=base, image_size=image_size, **chosen)
+    return data.load(name, base_datadir=base, image_size=image_size, tokens=tokens, **chosen)
 
 
 def public_batch(dataset: data.Dataset) -> Batch:

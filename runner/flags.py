@@ -24,6 +24,7 @@ class Common:
         "wrong beliefs of the attacker about the training: FLAG=VALUE, such as local-lr=0.02 batch-size=4 defense=none",
     )
     image_size: int | None = hp(None, "side of the images in pixels; default: the data set's own")
+    tokens: int | None = hp(None, "length of a sentence (text, textfile); default: 16", ge=2)
     normalize: Literal["none", "dataset", "half"] = hp(
         "none", "input of the model: pixels in [0, 1], the data set's mean and std, or mean 0.5 and std 0.5"
     )

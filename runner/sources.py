@@ -4,6 +4,7 @@ from core.errors import UsageError
 from core.protocol import Recipe
 from data import Dataset
 from federated.simulation import FedAvgSource, GradientSource
+from models import MODELS
 from runner.flags import Fed, Grad
 
 DEALT = (
@@ -20,7 +21,8 @@ def gradient_source(flags: Grad, dataset: Dataset) -> GradientSource:
             f"{flags.trials} trials with `batch_size={n}` need {n * flags.trials} private images, and {flags.dataset} "
             f"has {available}: lower `batch_size` or `trials`"
         )
-    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, defense=flags.defense)
+    loss = MODELS.find(flags.model).loss
+    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, loss=loss, defense=flags.defense)
     return GradientSource(dataset.private, recipe, flags.trials)
 
 
@@ -35,6 +37,7 @@ def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
         optimizer=flags.client_optimizer,
         lr_schedule=flags.lr_schedule,
         model_mode=flags.model_mode,
+        loss=MODELS.find(flags.model).loss,
         defense=flags.defense,
     )
     return FedAvgSource.deal(dataset, recipe, **{name: getattr(flags, name) for name in DEALT})
