@@ -41,6 +41,7 @@ class Attack(ABC):
     supports_adam: ClassVar[bool] = False  # applies to updates of clients that train with Adam
     returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
     kinds: ClassVar[frozenset[DomainKind]] = frozenset({"continuous"})  # of examples that it reconstructs
+    isolates: ClassVar[bool] = False  # seeks the examples of the first client of a sum alone
     example_model: ClassVar[str] = "lenet"  # a model of the zoo it applies to
 
     def needs_workers(self) -> bool:
@@ -68,6 +69,13 @@ class Attack(ABC):
 
         Called before every broadcast, so it must accept a model it has already prepared. `recipe` is the training
         about to be ordered (None: one gradient).
+        """
+        return model
+
+    def personalize(self, model: nn.Module, client: int) -> nn.Module:
+        """The model that client number `client` of a sum receives, from what `implant` returned; 0 is the victim.
+
+        An honest server sends everybody the same.
         """
         return model
 

@@ -172,8 +172,8 @@ class Observation:
     """All that an attack is given.
 
     model: a private copy of what was broadcast. public: auxiliary examples that any party may own, disjoint from all
-    victims, or None. granted: oracle facts by name, empty unless `--grant` hands some over; whatever stands in it is
-    named in every row of the results.
+    victims, or None. aggregate: the number of clients whose weighted mean `update` is. granted: oracle facts by name,
+    empty unless `--grant` hands some over; whatever stands in it is named in every row of the results.
     """
 
     task: Task
@@ -182,6 +182,7 @@ class Observation:
     update: Update
     public: Batch | None = None
     granted: Mapping[str, Tensor] = field(default_factory=dict)
+    aggregate: int = 1
 
 
 @dataclass(frozen=True)

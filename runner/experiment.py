@@ -118,7 +118,8 @@ class Experiment:
         def on_broadcast(model: nn.Module, recipe: Recipe) -> nn.Module:
             return self.attack.implant(model, self.task, self.public_on_device, recipe)
 
-        return Session(self.model, self.task, self.device, self.seed, on_broadcast)
+        attack = self.attack
+        return Session(self.model, self.task, self.device, self.seed, on_broadcast, attack.personalize, attack.isolates)
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
         """The trials of the source that have not finished, as jobs; truth stays in their payload."""
@@ -135,7 +136,7 @@ class Experiment:
         model = copy.deepcopy(trial.model)
         public = None if self.flags.public == "none" else self.public_on_device
         recipe, update = self.beliefs.about(trial.recipe), self.beliefs.of(trial.update)
-        return Observation(self.task, recipe, model, update, public, granted)
+        return Observation(self.task, recipe, model, update, public, granted, trial.aggregate)
 
     def accuracy(self, model: nn.Module) -> float:
         return accuracy(model, self.test, self.task, loss=self.source.recipe.loss)

@@ -19,6 +19,9 @@ class Common:
     public: Literal["same", "other", "noise", "none"] = hp(
         "same", "public images of the attacker: same (the victims' classes), other (classes), noise, or none"
     )
+    aggregate: int = hp(
+        1, "number of clients whose mean update is all that the server sees, as behind secure aggregation", ge=1
+    )
     believe: tuple[str, ...] = hp(
         (),
         "wrong beliefs of the attacker about the training: FLAG=VALUE, such as local-lr=0.02 batch-size=4 defense=none",

@@ -9,21 +9,22 @@ from runner.flags import Fed, Grad
 
 DEALT = (
     *("trials", "seed", "clients", "client_images", "clients_per_round", "rounds"),
-    *("lr_decay", "partition", "beta", "classes_per_client"),
+    *("lr_decay", "partition", "beta", "classes_per_client", "aggregate"),
 )  # flags that are arguments of FedAvgSource.deal
 
 
 def gradient_source(flags: Grad, dataset: Dataset) -> GradientSource:
     """One gradient of a private batch for each trial."""
     n, available = flags.batch_size, len(dataset.private)
-    if n * flags.trials > available:
+    needed = n * flags.trials * flags.aggregate
+    if needed > available:
         raise UsageError(
-            f"{flags.trials} trials with `batch_size={n}` need {n * flags.trials} private images, and {flags.dataset} "
+            f"{flags.trials} trials with `batch_size={n}` need {needed} private images, and {flags.dataset} "
             f"has {available}: lower `batch_size` or `trials`"
         )
     loss = MODELS.find(flags.model).loss
     recipe = Recipe(batch_size=n, model_mode=flags.model_mode, loss=loss, defense=flags.defense)
-    return GradientSource(dataset.private, recipe, flags.trials)
+    return GradientSource(dataset.private, recipe, flags.trials, flags.aggregate)
 
 
 def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
