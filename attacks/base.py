@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, final
 import torch
 from torch import Tensor, nn
 
+from core.domain import Kind as DomainKind
 from core.errors import UsageError
 from core.hyperparameters import hyperparameters
 from core.protocol import Batch, Kind, Observation, Recipe, Reconstruction, Task, Update, by_name, image_task
@@ -44,6 +45,8 @@ class Attack(ABC):
     paper: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     supports_adam: ClassVar[bool] = False  # applies to updates of clients that train with Adam
     returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
+    kinds: ClassVar[frozenset[DomainKind]] = frozenset({"continuous"})  # of examples that it reconstructs
+    isolates: ClassVar[bool] = False  # seeks the examples of the first client of a sum alone
     example_model: ClassVar[str] = "lenet"  # a model of the zoo it applies to
 
     def needs_workers(self) -> bool:
@@ -66,6 +69,9 @@ class Attack(ABC):
                 f"{self.name} divides gradients by one another, and an Adam client sends none: choose "
                 "`client_optimizer=sgd`, or an attack that matches updates, such as ig_single"
             )
+        if task.domain.kind not in self.kinds:
+            fitting = ", ".join(name for name, cls in ATTACKS.items() if task.domain.kind in cls.kinds)
+            raise UsageError(f"{self.name} does not reconstruct {task.domain.noun[1]}; choose one of {fitting}")
         require(model, task, self.requirements(), self.name)
 
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:
@@ -73,6 +79,13 @@ class Attack(ABC):
 
         Called before every broadcast, so it must accept a model it has already prepared. `recipe` is the training
         about to be ordered (None: one gradient).
+        """
+        return model
+
+    def personalize(self, model: nn.Module, client: int) -> nn.Module:
+        """The model that client number `client` of a sum receives, from what `implant` returned; 0 is the victim.
+
+        An honest server sends everybody the same.
         """
         return model
 

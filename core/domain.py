@@ -5,20 +5,27 @@ An attack optimises examples without knowing what they are: it starts where `ini
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
+
+Kind = Literal["continuous", "discrete"]
+UNKNOWN = -1  # a token of a reconstructed sentence about which the attack says nothing
 
 
 class Domain(ABC):
     """One kind of example. Examples are (N, *shape) in units of their own; `to_model` gives the model's inputs.
 
-    `name` selects the metrics that compare two examples (evaluation/metrics.py).
+    `name` selects the metrics that compare two examples (evaluation/metrics.py). `kind` says whether examples can be
+    optimised by gradients; attacks declare the kinds they reconstruct.
     """
 
     name: ClassVar[str]
+    kind: ClassVar[Kind] = "continuous"
+    noun: ClassVar[tuple[str, str]] = ("example", "examples")  # what tables call one of them, and several
     shape: tuple[int, ...]  # of one example, without the batch dimension
 
     @abstractmethod
@@ -65,6 +72,10 @@ class Domain(ABC):
         """The model's inputs -> valid examples (N, *shape), detached."""
         return self.project(self.from_model(inputs.detach()))
 
+    def typical(self, examples: Tensor) -> Tensor:
+        """The one example (*shape) to guess for somebody who knows only that it is like these (N, *shape)."""
+        return examples.mean(0)
+
     def fits(self, n: int) -> str | None:
         """Why the regulariser cannot be used on batches of `n` examples; None if it can."""
         return None
@@ -79,6 +90,7 @@ class ImageDomain(Domain):
     std: tuple[float, ...]
 
     name: ClassVar[str] = "image"
+    noun: ClassVar[tuple[str, str]] = ("image", "images")
 
     def __post_init__(self) -> None:
         channels = self.shape[0]
@@ -137,3 +149,67 @@ class ImageDomain(Domain):
     @staticmethod
     def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class TextDomain(Domain):
+    """Sentences of L tokens: ids (L,) int64, indices into `words`. The model takes ids, and embeds them itself.
+
+    Sentences are discrete: what only gradients can use (`regularizer`, `from_unbounded` and so on) raises TypeError.
+    """
+
+    shape: tuple[int]  # (L,)
+    words: tuple[str, ...]  # the vocabulary, public knowledge as a tokeniser is
+
+    name: ClassVar[str] = "text"
+    kind: ClassVar[Kind] = "discrete"
+    noun: ClassVar[tuple[str, str]] = ("sentence", "sentences")
+
+    def init(self, n: int, rng: torch.Generator) -> Tensor:
+        """Random tokens."""
+        return torch.randint(len(self.words), (n, *self.shape), generator=rng)
+
+    def to_model(self, examples: Tensor) -> Tensor:
+        return examples.long()
+
+    def from_model(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def project(self, examples: Tensor) -> Tensor:
+        """The nearest ids; UNKNOWN is one of them."""
+        return examples.round().long().clamp(UNKNOWN, len(self.words) - 1)
+
+    def render(self, example: Tensor) -> str:
+        """The words, with a space before each but punctuation; an unknown one is an ellipsis."""
+        text = " ".join("…" if i == UNKNOWN else self.words[i] for i in example.tolist())
+        for mark in ".,;:":
+            text = text.replace(f" {mark}", mark)
+        return text
+
+    def typical(self, examples: Tensor) -> Tensor:
+        """The most frequent token of each position."""
+        return examples.mode(0).values
+
+    def encode(self, words: Sequence[str]) -> Tensor:
+        """Known words -> ids (len(words),)."""
+        index = {word: i for i, word in enumerate(self.words)}
+        return torch.tensor([index[word] for word in words], dtype=torch.int64)
+
+    def project_(self, inputs: Tensor) -> None:
+        self._refuse()
+
+    def from_unbounded(self, u: Tensor) -> Tensor:
+        self._refuse()
+
+    def to_unbounded(self, examples: Tensor) -> Tensor:
+        self._refuse()
+
+    def regularizer(self, inputs: Tensor) -> Tensor:
+        self._refuse()
+
+    def smooth_regularizer(self, examples: Tensor) -> Tensor:
+        self._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise TypeError("sentences are discrete: no gradient moves them")

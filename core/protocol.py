@@ -44,6 +44,13 @@ LOSSES.add("nll", lambda logits, y: -(_probabilities(logits, y) * logits).sum(1)
 LOSSES.add("bce", lambda logits, y: F.binary_cross_entropy_with_logits(logits, _probabilities(logits, y)))
 LOSSES.add("mse", lambda logits, y: F.mse_loss(logits, _probabilities(logits, y)))
 
+
+@LOSSES.register("next_token")
+def next_token(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of token p + 1 under the logits (N, vocabulary, L) of position p, for all p but the last."""
+    return F.cross_entropy(logits[..., :-1], ids[:, 1:])
+
+
 Kind = Literal["gradient", "delta"]
 MAX_STEPS = 1_000_000  # local steps of a client in a round
 
@@ -51,7 +58,7 @@ MAX_STEPS = 1_000_000  # local steps of a client in a round
 class Batch(NamedTuple):
     """Examples and their labels."""
 
-    examples: Tensor  # (N, *shape) in the domain's units: images have pixels in [0, 1]
+    examples: Tensor  # (N, *shape) in the domain's units: images have pixels in [0, 1], sentences are int64 ids
     labels: Tensor  # (N,) int64
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -97,6 +104,10 @@ class Recipe:
     model_mode: Literal["eval", "train"] = "eval"
     loss: str = "cross_entropy"
     defense: str = "none"
+
+    def targets(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What the loss compares the model's outputs with: the labels or, of a language model, its own inputs."""
+        return inputs if self.loss == "next_token" else labels
 
     def steps(self, num_examples: int) -> int:
         """T, the number of steps a client with `num_examples` examples takes. Raises UsageError beyond a million."""
@@ -189,8 +200,8 @@ class Observation:
     """All that an attack is given.
 
     model: a private copy of what was broadcast. public: auxiliary examples that any party may own, disjoint from all
-    victims, or None. granted: oracle facts by name, empty unless `--grant` hands some over; whatever stands in it is
-    named in every row of the results.
+    victims, or None. aggregate: the number of clients whose weighted mean `update` is. granted: oracle facts by name,
+    empty unless `--grant` hands some over; whatever stands in it is named in every row of the results.
     """
 
     task: Task
@@ -199,6 +210,7 @@ class Observation:
     update: Update
     public: Batch | None = None
     granted: Mapping[str, Tensor] = field(default_factory=dict)
+    aggregate: int = 1
 
 
 @dataclass(frozen=True)

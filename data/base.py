@@ -1,10 +1,11 @@
 """`load`, the registry of data sets, and the type of a loaded one."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -39,7 +40,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
 
-Loader = Callable[[Path, int | None], Splits]  # (base_datadir, image_size)
+Loader = Callable[[Path, Any], Splits]  # (base_datadir, the option that its second parameter is named after)
 DATASETS: Registry[Loader] = Registry("data set", package="data")
 
 
@@ -54,13 +55,15 @@ def load(
     *,
     base_datadir: Path,
     image_size: int | None = None,
+    tokens: int | None = None,
     normalize: Normalize = "none",
     victims: Victims = "all",
     public: Public = "same",
 ) -> Dataset:
-    """The data set `name`, as square images.
+    """The data set `name`: square images, or sentences.
 
-    image_size: height and width in pixels, 8 to 1024; None: the data set's own.
+    image_size: height and width of images in pixels, 8 to 1024; None: the data set's own.
+    tokens: length of sentences; None: the data set's own.
     normalize: mean and std of the task's domain: "none" 0 and 1, "half" 0.5 and 0.5, "dataset" the published values or
         else those of the data set's own public images, whichever `victims` and `public` are.
     victims: the images of the split `private`. "tuning" and "reporting" share no image: attacks are tuned on one of
@@ -75,22 +78,42 @@ def load(
     if image_size is not None and not 8 <= image_size <= 1024:
         raise UsageError(f"`image_size={image_size}`: choose 8 to 1024 pixels")
     base_datadir = Path(base_datadir).expanduser()
-    splits = loader(base_datadir, image_size)
+    splits = loader(base_datadir, _option(name, loader, {"image_size": image_size, "tokens": tokens}))
     if not (len(splits.private) and len(splits.public)):
         raise UsageError(f"{base_datadir}: too few images; {name} needs a class with at least two different ones")
     # before the selection: what the attacker knows must not change the task
-    mean, std = _statistics(normalize, splits)
+    task = _task(name, splits, normalize, public)
     private, auxiliary, notes = select(name, splits, victims, public)
     return Dataset(
         name=name,
-        task=image_task(tuple(private.pixels.shape[1:]), len(splits.class_names), mean, std),
+        task=task,
         private=private,
         public=auxiliary,
         test=splits.test,
-        fingerprint=_fingerprint(splits.class_names, private, auxiliary, splits.test),
+        fingerprint=_fingerprint(splits, private, auxiliary, splits.test),
         class_names=splits.class_names,
         notes=splits.notes + notes,
     )
+
+
+def _option(name: str, loader: Loader, options: dict[str, Any]) -> Any:
+    """The option that the loader takes. Raises UsageError if another one is given."""
+    takes = list(inspect.signature(loader).parameters)[1]
+    for option, value in options.items():
+        if value is not None and option != takes:
+            raise UsageError(f"`{option}` does not apply to `dataset={name}`")
+    return options[takes]
+
+
+def _task(name: str, splits: Splits, normalize: Normalize, public: Public) -> Task:
+    if splits.domain is None:
+        mean, std = _statistics(normalize, splits)
+        return image_task(tuple(splits.private.pixels.shape[1:]), len(splits.class_names), mean, std)
+    if normalize != "none":
+        raise UsageError(f"`normalize={normalize}` applies to images, and `dataset={name}` has none")
+    if public == "noise":
+        raise UsageError(f"`public=noise` applies to images, and `dataset={name}` has none")
+    return Task(splits.domain, len(splits.class_names))
 
 
 def _statistics(normalize: Normalize, splits: Splits) -> Statistics:
@@ -121,9 +144,11 @@ def _pixel_statistics(split: Split) -> Statistics:
     return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
 
 
-def _fingerprint(class_names: tuple[str, ...], *splits: Split) -> str:
-    hasher = hashlib.sha256(repr(class_names).encode())
-    for split in splits:
+def _fingerprint(loaded: Splits, *used: Split) -> str:
+    hasher = hashlib.sha256(repr(loaded.class_names).encode())
+    if loaded.domain is not None:
+        hasher.update(repr(loaded.domain).encode())
+    for split in used:
         hasher.update(repr(tuple(split.pixels.shape)).encode())
         hasher.update(split.labels.numpy())
         if isinstance(split.pixels, LazyImages):

@@ -1,4 +1,4 @@
-"""What a loader returns: labelled images in three splits."""
+"""What a loader returns: labelled examples in three splits."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.domain import Domain
 from core.protocol import Batch
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
@@ -46,14 +47,15 @@ class LazyImages:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images, in memory or decoded when they are taken.
+    """Labelled images, in memory or decoded when they are taken, or other examples in memory.
 
+    pixels: uint8 images, which `take` scales to [0, 1], or examples of another dtype, which it returns as they are.
     `names` are the files of the images, relative to the root of a `folder` data set; None where images have no files of
     their own.
     """
 
     labels: Tensor  # (N,) int64
-    pixels: Tensor | LazyImages  # (N, C, H, W) uint8
+    pixels: Tensor | LazyImages  # (N, C, H, W) uint8, or (N, *shape)
     names: tuple[str, ...] | None = None  # (N,)
 
     def __post_init__(self) -> None:
@@ -65,14 +67,15 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: Tensor | Sequence[int]) -> Batch:
-        """The examples at `indices` (n,), in that order: images (n, C, H, W) float32 in [0, 1] and labels (n,) int64.
+        """The examples at `indices` (n,), in that order: images (n, C, H, W) float32 in [0, 1] and labels (n,).
 
         Raises UsageError for an image file that cannot be read any more.
         """
         indices = torch.as_tensor(indices, device="cpu")
         assert indices.dtype != torch.bool, "take needs indices, not a mask"
         indices = indices.to(torch.int64)
-        return Batch(self.pixels[indices].to(torch.float32) / 255, self.labels[indices])
+        taken = self.pixels[indices]
+        return Batch(taken.to(torch.float32) / 255 if taken.dtype == torch.uint8 else taken, self.labels[indices])
 
     def names_at(self, indices: Tensor) -> tuple[str, ...] | None:
         """The file names of the images at `indices` (n,); None if images have no files of their own."""
@@ -91,6 +94,7 @@ class Splits:
     published_statistics: None where nobody has published the mean and std of the data set. notes: see `Dataset`.
     tuning, reporting: the victims that `load(victims=...)` chooses; None, for both: two halves of `private`. copies:
     one entry for each image of `private`, equal where images are copies, which belong to one half; None: all differ.
+    domain: of examples other than images.
     """
 
     private: Split
@@ -102,6 +106,7 @@ class Splits:
     tuning: Split | None = None
     reporting: Split | None = None
     copies: Sequence[Hashable] | None = None
+    domain: Domain | None = None
 
 
 def frozen_rng(*seed: int) -> np.random.RandomState:

@@ -158,10 +158,6 @@ class Defense(ABC):
         """The updates a server sees, from those of a round's clients."""
         return updates
 
-    def visible_updates(self, clients: int) -> int:
-        """How many updates a server sees of a round with so many clients."""
-        return clients
-
     def counter(self) -> Counter:
         """What an attacker who knows this defence does differently."""
         return Counter()
@@ -203,16 +199,6 @@ class Pipeline(Defense):
         for step in self.steps:
             updates = step.on_aggregate(updates)
         return updates
-
-    def visible_updates(self, clients: int) -> int:
-        for step in self.steps:
-            clients = step.visible_updates(clients)
-        return clients
-
-    @property
-    def aggregates(self) -> bool:
-        """Whether the server sees no update of a single client."""
-        return any(type(step).on_aggregate is not Defense.on_aggregate for step in self.steps)
 
     def counter(self) -> Counter:
         """The steps' functions in order.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.protocol import Batch, Reconstruction, Task
+from core.protocol import Batch, Recipe, Reconstruction, Task
 from evaluation.baselines import Baselines
 from evaluation.candidates import Candidates
 from evaluation.identification import ranks
@@ -32,13 +32,15 @@ class ScoringContext:
     """What all trials of a run are scored with.
 
     networks: pretrained networks by the name of their metric, such as {"lpips": Lpips(print)}. candidates: examples
-    that nobody sent, for identification and the null; without them rows have neither.
+    that nobody sent, for identification and the null; without them rows have neither. recipe: the clients' training,
+    which says what of an example can leave a trace.
     """
 
     task: Task
     baselines: Baselines
     networks: Mapping[str, Network] = field(default_factory=dict)
     candidates: Candidates | None = None
+    recipe: Recipe | None = None
 
     @property
     def missing_example(self) -> Tensor:  # (*shape)

@@ -9,7 +9,7 @@ victim and candidates are exchangeable, and rank 1 of N has a probability of at 
 reconstructions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,12 @@ from evaluation.pairing import mse_matrix
 
 
 def ranks(
-    truth: Tensor, labels: Tensor, examples: Tensor, pairs: Sequence[int | None], candidates: Candidates
+    truth: Tensor,
+    labels: Tensor,
+    examples: Tensor,
+    pairs: Sequence[int | None],
+    candidates: Candidates,
+    distances_of: Callable[[Tensor, Tensor], Tensor] = mse_matrix,
 ) -> list[dict[str, object]]:
     """For each true example {identified, rank, candidates_n, candidates_class}.
 
@@ -28,15 +33,16 @@ def ranks(
         labels: (N,) int64, the true ones.
         examples: (M, *shape), valid reconstructions.
         pairs: the reconstruction of each true example; a missed one is not identified, and its rank is None.
+        distances_of: the distances (N, M) of every pair of examples (N, *shape) and (M, *shape).
         candidates: candidates_n counts the victim and the others; candidates_class says whether all share its class.
     """
     found: list[dict[str, object]] = []
-    own = mse_matrix(truth, examples)  # (N, M)
+    own = distances_of(truth, examples)  # (N, M)
     distances: dict[int, tuple[Tensor, bool]] = {}
     for i, label in enumerate(labels.tolist()):
         if label not in distances:
             others, same = candidates.of(label)
-            distances[label] = (mse_matrix(others, examples) if len(others) else own[:0], same)
+            distances[label] = (distances_of(others, examples) if len(others) else own[:0], same)
         theirs, same = distances[label]
         if not len(theirs):
             found.append({"identified": None, "rank": None, "candidates_n": None, "candidates_class": None})

@@ -13,7 +13,7 @@ def pair(truth: Tensor, examples: Tensor) -> list[int | None]:
     """
     if not len(examples):
         return [None] * len(truth)
-    return _assign(mse_matrix(truth, examples))
+    return assign(mse_matrix(truth, examples))
 
 
 def mse_matrix(a: Tensor, b: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def correlations(truth: Tensor, sources: Tensor) -> tuple[list[float], Tensor, l
     a, b = (t.double().flatten(1) - t.double().flatten(1).mean(1, keepdim=True) for t in (truth, sources))
     norms = a.norm(dim=1)[:, None] * b.norm(dim=1)
     similarity = ((a @ b.T).abs() / norms.clamp(min=1e-300)).nan_to_num().clamp(max=1)  # (N, M)
-    pairs = _assign(-similarity)
+    pairs = assign(-similarity)
     corr = [0.0 if j is None else similarity[i, j].item() for i, j in enumerate(pairs)]
     flat = truth.double().flatten(1)
     fitted = flat.mean(1, keepdim=True).expand_as(flat).clone()
@@ -75,7 +75,7 @@ def labels_right(truth: Tensor, predicted: Tensor | None, pairs: Sequence[int | 
     return right
 
 
-def _assign(cost: Tensor) -> list[int | None]:
+def assign(cost: Tensor) -> list[int | None]:
     """For each row of `cost` (N, M) its column, one to one, with the least total cost."""
     from scipy.optimize import linear_sum_assignment
 

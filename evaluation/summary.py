@@ -47,9 +47,9 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
     return {
         "images": len(rows),
         "units": len(set(units)),
-        "unit": _kind(rows),
+        "unit": unit_kind(rows),
         "psnr": psnr,
-        "psnr_quantiles": _quantiles([r["psnr"] for r in rows], QUANTILES) if psnr else None,
+        "psnr_quantiles": quantiles([r["psnr"] for r in rows], QUANTILES) if psnr else None,
         "most_exposed": _most_exposed(rows) if psnr else None,
         "ssim": _distribution(rows, "ssim"),
         "lpips": _distribution(rows, "lpips"),
@@ -57,7 +57,7 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         "labels": _share([ok for ok, _ in labelled], [unit for _, unit in labelled]),
         "success_rate": _mean([float(is_recovered(r)) for r in rows]),
         "recovered": {f"{t:g}": _share([is_recovered(r, t) for r in rows], units) for t in thresholds} if rows else {},
-        "identified": _identified(rows, units),
+        "identified": identified_share(rows, units),
         "null": _null(rows, trials),
         "over_null": _gain(rows, units, "null_psnr"),
         "baseline_psnr": _complete_mean(rows, "baseline_psnr"),
@@ -127,7 +127,7 @@ def _share(hits: Sequence[bool], units: Sequence[Hashable]) -> dict[str, Any] | 
     return share_interval(hits, units) if hits else None
 
 
-def _identified(rows: Sequence[Row], units: Sequence[Hashable]) -> dict[str, Any] | None:
+def identified_share(rows: Sequence[Row], units: Sequence[Hashable]) -> dict[str, Any] | None:
     """The share of victims at rank 1, its interval, what chance gives, and the p-value against it.
 
     chance: the mean of 1 / candidates. by_class: whether all candidates of each victim were of its own class. None if
@@ -162,7 +162,7 @@ def _null(rows: Sequence[Row], trials: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def _quantiles(values: Sequence[float], percents: Sequence[int]) -> dict[str, float]:
+def quantiles(values: Sequence[float], percents: Sequence[int]) -> dict[str, float]:
     return {str(p): float(np.quantile(values, p / 100)) for p in percents}
 
 
@@ -172,7 +172,7 @@ def _most_exposed(rows: Sequence[Row]) -> dict[str, Any]:
     return {"psnr": worst["psnr"], "trial": worst.get("trial", 0), "image": worst.get("image", 0)}
 
 
-def _kind(rows: Sequence[Row]) -> str | None:
+def unit_kind(rows: Sequence[Row]) -> str | None:
     """What an independent unit of these rows is, in one word."""
     if not rows:
         return None

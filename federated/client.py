@@ -58,7 +58,8 @@ def _step(
 ) -> Gradient:
     """The defended gradient of one minibatch; losses are appended to `losses`."""
     examples, labels = defense.on_batch(batch, task, rng)
-    return defense.on_gradient(PlainStep(model, task.domain.to_model(examples), labels, recipe, losses), rng)
+    inputs = task.domain.to_model(examples)
+    return defense.on_gradient(PlainStep(model, inputs, recipe.targets(inputs, labels), recipe, losses), rng)
 
 
 def _update(

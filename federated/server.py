@@ -6,10 +6,9 @@ It knows nothing of attacks: an attacker reads the same updates.
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from core.protocol import Batch, Task, Update
+from core.protocol import LOSSES, Batch, Recipe, Task, Update
 from core.rng import seeded_global_rng
 
 
@@ -35,16 +34,21 @@ def sample_clients(clients: int, per_round: int, rng: torch.Generator) -> list[i
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batch: Batch, task: Task, chunk: int = 64) -> float:
-    """The share of `batch` that the model classifies correctly in eval mode."""
+def accuracy(model: nn.Module, batch: Batch, task: Task, chunk: int = 64, loss: str = "cross_entropy") -> float:
+    """The share of `batch` that the model classifies correctly in eval mode; of a language model, of next tokens."""
     training = model.training
     model.eval()
-    correct = sum(
-        (model(task.domain.to_model(examples)).argmax(1) == labels).sum().item()
-        for examples, labels in zip(batch.examples.split(chunk), batch.labels.split(chunk), strict=True)
-    )
+    correct, count = 0, 0
+    for examples, labels in zip(batch.examples.split(chunk), batch.labels.split(chunk), strict=True):
+        inputs = task.domain.to_model(examples)
+        right = model(inputs).argmax(1) == labels if loss != "next_token" else _next_right(model, inputs)
+        correct, count = correct + int(right.sum()), count + right.numel()
     model.train(training)
-    return correct / len(batch.labels)
+    return correct / count
+
+
+def _next_right(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids)[..., :-1].argmax(1) == ids[:, 1:]
 
 
 def pretrain(
@@ -54,13 +58,15 @@ def pretrain(
     epochs: int,
     rng: torch.Generator,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    loss_name: str = "cross_entropy",
 ) -> None:
     """Train on public data before the federation starts, in place: Adam at 1e-3, batches of 64.
 
-    `on_step` is called with (steps done, steps in all, loss) after each step.
+    `on_step` is called with (steps done, steps in all, loss) after each step. `loss_name`: a name in `LOSSES`.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     inputs = task.domain.to_model(public.examples)
+    targets = Recipe(batch_size=64, loss=loss_name).targets(inputs, public.labels)
     training = model.training
     model.train()
     step, total = 0, epochs * -(-len(inputs) // 64)
@@ -70,7 +76,7 @@ def pretrain(
                 step += 1
                 if len(indices) < 2:  # BatchNorm has no variance over one example
                     continue
-                loss = F.cross_entropy(model(inputs[indices]), public.labels[indices])
+                loss = LOSSES[loss_name](model(inputs[indices]), targets[indices])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -6,7 +6,7 @@ A source yields what a server receives, as a `Trial`. A `Trial` also holds the t
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class Trial:
     truth: Batch | None = None
     origin: dict[str, int] = dataclasses.field(default_factory=dict)  # round and client, in federated mode
     names: tuple[str, ...] | None = None  # file names of the private examples, if they have any
+    aggregate: int = 1  # number of clients whose weighted mean the update is
 
 
 @dataclass
@@ -45,11 +46,46 @@ class Session:
     device: torch.device
     seed: int
     on_broadcast: Callable[[nn.Module, Recipe], nn.Module]  # the model that the server sends with a recipe
+    personalize: Callable[[nn.Module, int], nn.Module] = lambda model, client: model  # what client k of a sum receives
+    isolates: bool = False  # whether the first client of a sum is the only one whose examples are sought
     on_round: Callable[[dict[str, Any]], None] = lambda record: None  # loss and learning rate at the end of a round
     on_client: Callable[[int, int, int], None] = lambda number, trained, clients: None  # round, clients trained, of all
 
     def broadcast(self, recipe: Recipe) -> None:
         self.model = self.on_broadcast(self.model, recipe)
+
+
+def summed(updates: Sequence[Update]) -> Update:
+    """What a server sees behind secure aggregation: the mean of updates, weighted by their numbers of examples.
+
+    u = sum_k (n_k / n) u_k,      n = sum_k n_k
+    """
+    if len(updates) == 1:
+        return updates[0]
+    total = sum(u.num_examples for u in updates)
+    shares = [u.num_examples / total for u in updates]
+
+    def mean(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        stacked = {name: [part[name] for part in parts] for name in parts[0]}
+        means = {
+            name: sum((s * t.double() for s, t in zip(shares, tensors, strict=True)), torch.zeros(()).double())
+            for name, tensors in stacked.items()
+        }
+        return {name: t.to(parts[0][name].dtype) for name, t in means.items()}
+
+    return Update(updates[0].kind, mean([u.tensors for u in updates]), total, mean([u.buffers for u in updates]))
+
+
+def _trial_of_sum(
+    index: int, session: Session, recipe: Recipe, updates: Sequence[Update], batches: Sequence[Batch], **about: Any
+) -> Trial:
+    """The trial whose update is a sum, with the truth that the attack seeks: of all clients, or of the first alone."""
+    clients = len(updates)
+    if clients > 1:
+        recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size * clients)
+    sought = batches[:1] if session.isolates else batches
+    truth = Batch(torch.cat([b.examples for b in sought]), torch.cat([b.labels for b in sought]))
+    return Trial(index, session.model, recipe, summed(updates), truth, aggregate=clients, **about)
 
 
 class Source(Protocol):
@@ -69,31 +105,41 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class GradientSource:
-    """Gradient mode: each trial is the gradient of one private batch; no two batches share an example."""
+    """Gradient mode: each trial is the gradient of one private batch; no two batches share an example.
+
+    aggregate: number of clients, each with a batch of its own, whose mean gradient is all that the server sees.
+    """
 
     private: Split
     recipe: Recipe
     count: int
+    aggregate: int = 1
 
     kind: Kind = "gradient"
     rounds: int = 0
 
     @property
     def num_examples(self) -> int:
-        return self.recipe.batch_size
+        return self.recipe.batch_size * self.aggregate
 
     def victims(self, seed: int) -> Tensor:
         """The private examples of all batches, in order."""
         order = torch.randperm(len(self.private), generator=stream(seed, "data"))
-        return order[: self.recipe.batch_size * self.count]
+        return order[: self.num_examples * self.count]
 
     def trials(self, session: Session) -> Iterator[Trial]:
         session.broadcast(self.recipe)
-        for index, chosen in enumerate(self.victims(session.seed).split(self.recipe.batch_size)):
-            truth = self.private.take(chosen).to(session.device)
-            rng = stream(session.seed, "client", index)
-            update = gradient(session.model, truth, session.task, self.recipe, rng)
-            yield Trial(index, session.model, self.recipe, update, truth, names=self.private.names_at(chosen))
+        for index, together in enumerate(self.victims(session.seed).split(self.num_examples)):
+            updates, batches = [], []
+            for client, chosen in enumerate(together.split(self.recipe.batch_size)):
+                truth = self.private.take(chosen).to(session.device)
+                rng = stream(session.seed, "client", index, *([client] if client else []))
+                received = session.personalize(session.model, client)
+                updates.append(gradient(received, truth, session.task, self.recipe, rng))
+                batches.append(truth)
+            sought = together[: self.recipe.batch_size] if session.isolates else together
+            names = self.private.names_at(sought)
+            yield _trial_of_sum(index, session, self.recipe, updates, batches, names=names)
 
 
 @dataclass(frozen=True)
@@ -101,7 +147,8 @@ class FedAvgSource:
     """Federated mode: rounds of FedAvg. In each round the server attacks those clients it has attacked least.
 
     parts: the private examples of each client, as positions in `private`. lr_decay: factor on the learning rate from
-    one round to the next.
+    one round to the next. aggregate: 1, or the number of clients in a round if the server sees only the weighted mean
+    of their updates.
     """
 
     private: Split
@@ -111,6 +158,7 @@ class FedAvgSource:
     rounds: int
     clients_per_round: int
     lr_decay: float = 1.0
+    aggregate: int = 1
 
     kind: Kind = "delta"
 
@@ -130,6 +178,7 @@ class FedAvgSource:
         partition: Scheme = "iid",
         beta: float | None = None,
         classes_per_client: int | None = None,
+        aggregate: int = 1,
     ) -> "FedAvgSource":
         """A federation whose clients hold the private split as `partition` deals it.
 
@@ -143,13 +192,16 @@ class FedAvgSource:
             raise UsageError("`classes_per_client` belongs to `partition=classes`")
         if recipe.momentum and recipe.optimizer != "sgd":
             raise UsageError("`momentum` belongs to `client_optimizer=sgd`")
-        rounds, per_round = rounds or trials, clients_per_round or clients
+        if aggregate > 1 and clients_per_round not in (None, aggregate):
+            raise UsageError(f"`aggregate={aggregate}` is that of a round: leave out `clients_per_round`")
+        rounds, per_round = rounds or trials, clients_per_round or (aggregate if aggregate > 1 else clients)
         if per_round > clients:
             raise UsageError(f"`clients_per_round={per_round}` of `clients={clients}`: lower it")
-        visible = parse(recipe.defense).visible_updates(per_round)
-        if -(-trials // rounds) > visible:
+        if aggregate > 1 and trials > rounds:
+            raise UsageError(f"`trials={trials}`, but {rounds} round(s) have only one sum each: raise `rounds`")
+        if trials > rounds * per_round:
             raise UsageError(
-                f"`trials={trials}`, but {rounds} round(s) of {per_round} client(s) send only {rounds * visible} "
+                f"`trials={trials}`, but {rounds} round(s) of {per_round} client(s) send only {rounds * per_round} "
                 "updates: raise `rounds`"
             )
         if not len(dataset.test):
@@ -167,12 +219,11 @@ class FedAvgSource:
         _check_rates(recipe.lr, lr_decay, rounds)
         if recipe.lr_schedule != "constant" and steps == 1:
             raise UsageError(f"`lr_schedule={recipe.lr_schedule}` needs more than one local step: raise `local_epochs`")
-        return cls(dataset.private, parts, recipe, trials, rounds, per_round, lr_decay)
+        return cls(dataset.private, parts, recipe, trials, rounds, per_round, lr_decay, aggregate)
 
     @property
     def num_examples(self) -> int:
-        visible = parse(self.recipe.defense).visible_updates(self.clients_per_round)
-        return max(map(len, self.parts)) * -(-self.clients_per_round // visible)
+        return sum(sorted(map(len, self.parts), reverse=True)[: self.aggregate])
 
     def victims(self, seed: int) -> Tensor:
         """The private examples of all clients, attacked or not."""
@@ -187,33 +238,32 @@ class FedAvgSource:
             session.broadcast(recipe)
             chosen = sample_clients(len(self.parts), self.clients_per_round, stream(session.seed, "clients", number))
             targets = sorted(chosen, key=lambda k: (attacked[k], k))[: min(per_round, self.count - index)]
-            updates, losses, truths = [], [], []
+            updates, losses = [], []
+            if self.aggregate > 1:
+                chosen = sorted(chosen, key=lambda k: k not in targets)  # the victim is client 0 of the sum
             for trained, client in enumerate(chosen):
                 session.on_client(number, trained, len(chosen))
                 truth = self.private.take(self.parts[client]).to(session.device)
                 rng = stream(session.seed, "client", number, client)
-                update, loss = train(session.model, truth, session.task, recipe, rng)
+                received = session.personalize(session.model, trained)
+                update, loss = train(received, truth, session.task, recipe, rng)
                 updates.append(update)
                 losses.append(loss)
-                truths.append(truth)
-                if client in targets and not defense.aggregates:
+                if client in targets and self.aggregate == 1:
                     attacked[client] += 1
                     origin = {"round": number, "client": client}
                     names = self.private.names_at(self.parts[client])
                     yield Trial(index, session.model, recipe, update, truth, origin, names)
                     index += 1
-            visible = defense.on_aggregate(updates)
-            size = -(-len(updates) // len(visible))  # clients in an aggregate
-            for first, update in zip(range(0, len(chosen), size), visible, strict=True):
-                if defense.aggregates and index < self.count and first < size * per_round:
-                    members = chosen[first : first + size]
-                    union = Batch(*map(torch.cat, zip(*truths[first : first + size], strict=True)))
-                    names = self.private.names_at(torch.cat([self.parts[k] for k in members]))
-                    together = dataclasses.replace(recipe, batch_size=recipe.batch_size * len(members))
-                    origin = {"round": number, "client": members[0]}
-                    yield Trial(index, session.model, together, update, union, origin, names)
-                    index += 1
-            aggregate(session.model, visible)
+            if self.aggregate > 1 and targets:
+                attacked[chosen[0]] += 1
+                batches = [self.private.take(self.parts[k]).to(session.device) for k in chosen]
+                sought = chosen[:1] if session.isolates else chosen
+                names = self.private.names_at(torch.cat([self.parts[k] for k in sought]))
+                origin = {"round": number, "client": chosen[0]} if session.isolates else {"round": number}
+                yield _trial_of_sum(index, session, recipe, updates, batches, origin=origin, names=names)
+                index += 1
+            aggregate(session.model, defense.on_aggregate(updates))
             mean_loss = sum(losses) / len(losses)
             finite = mean_loss if math.isfinite(mean_loss) else None  # None: local training diverged
             session.on_round({"round": number, "loss": finite, "lr": recipe.lr})

@@ -47,6 +47,11 @@ def head_layer(model: nn.Module) -> nn.Module:
     return layers[-1]
 
 
+def attention_layers(model: nn.Module) -> list[nn.Linear]:
+    """The stacked projections [W_Q; W_K; W_V] of a transformer's blocks, in order: linear layers from d to 3 d."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 3 * m.in_features]
+
+
 def has_relu(model: nn.Module) -> bool:
     """Whether the model's activations are all ReLU."""
     modules = list(model.modules())
@@ -116,6 +121,15 @@ def _hidden_layer(model: nn.Module, task: Task) -> str | None:
     return None
 
 
+def _attention(model: nn.Module, task: Task) -> str | None:
+    if len(attention_layers(model)) < 2:
+        return (
+            "reads the gradients of a transformer's first two attention layers, whose query, key and value weights are "
+            "one matrix (3 d, d), and this model has no two of them: choose `model=gpt` or `model=bert`"
+        )
+    return None
+
+
 def _relu(model: nn.Module, task: Task) -> str | None:
     return None if has_relu(model) else "needs ReLU activations, which this model does not have: `activation=relu`"
 
@@ -155,6 +169,7 @@ REQUIREMENTS: dict[str, Requirement] = {
     "pixel_layer": Requirement("a fully connected first layer", _pixel_layer),
     "pixel_layer_bias": Requirement("a bias in the first layer", _pixel_layer_bias),
     "hidden_layer": Requirement("a fully connected layer before the head", _hidden_layer),
+    "attention": Requirement("a transformer with stacked QKV weights", _attention),
     "relu": Requirement("ReLU activations", _relu),
     "vit": Requirement("the zoo's vision transformer", _vit),
     "double_backward": Requirement("a twice differentiable model", _double_backward),

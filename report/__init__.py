@@ -2,3 +2,7 @@
 
 `python -m report RUN_FOLDER ...` compares finished runs.
 """
+
+from report import figures, text
+
+__all__ = ["figures", "text"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.domain import Domain
 from report import style
-from report.tables import RECOVERED, Summary, sort_key
+from report.tables import ENTRIES, RECOVERED, VIEWS, Summary, View, image_verdict, sort_key
 from utils.terminal import printable
 
 ABREAST = 10  # images in a line of a grid
@@ -228,3 +228,6 @@ def _shortened(name: str, most: int = 18) -> str:
     """A file name with its beginning cut off, which says less than its end."""
     name = printable(name).replace("$", r"\$")  # otherwise matplotlib reads a formula
     return name if len(name) <= most else "..." + name[-most + 3 :]
+
+
+VIEWS["image"] = View(ENTRIES, image_verdict, "grid.png", grid)

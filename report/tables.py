@@ -85,7 +85,7 @@ ENTRIES = (
     Entry(
         "images",
         "images",
-        lambda s: f"{s['images']} ({_plural(s['units'], s['unit'])})" if s.get("units") else str(s["images"]),
+        lambda s: f"{s['images']} ({plural(s['units'], s['unit'])})" if s.get("units") else str(s["images"]),
         "number of true images that were scored, and of independent units for the intervals: photographs, clients or "
         "trials",
         always=True,
@@ -326,9 +326,28 @@ METRIC_HELP: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class View:
+    """How the runs of a domain are shown.
+
+    verdict: a summary as one sentence. picture: the file with true examples beside their reconstructions, which `draw`
+    writes.
+    """
+
+    entries: tuple[Entry, ...]
+    verdict: Callable[[Summary], str]
+    picture: str
+    draw: Callable[..., None]
+
+
+VIEWS: dict[str, View] = {}  # by Domain.name, filled by the modules of this folder
+
+
 def entries_of(summaries: Sequence[Summary], compared: bool = False) -> list[Entry]:
     """The entries that some of these runs have a value for, and those that every table shows."""
-    shown = [e for e in ENTRIES if e.always or any(_has(s, e) for s in summaries)]
+    domains = dict.fromkeys(s.get("domain", "image") for s in summaries)
+    entries = [e for domain in domains for e in VIEWS[domain].entries]
+    shown = [e for e in dict.fromkeys(entries) if e.always or any(_has(s, e) for s in summaries)]
     return [e for e in shown if e.compared] if compared else shown
 
 
@@ -373,12 +392,16 @@ def attacker(summary: Summary) -> list[str]:
 
 def verdict(summary: Summary) -> str:
     """One sentence: whether the update leaks, and the numbers that say so."""
+    return VIEWS[summary.get("domain", "image")].verdict(summary)
+
+
+def image_verdict(summary: Summary) -> str:
     images = summary["images"]
     if not images:
         return "Nothing was scored, because the true images are unknown."
     found = outcome(summary)
     count = round(summary["success_rate"] * images)
-    parts = [f"{count} of {_plural(images, 'image')} recovered (PSNR >= {RECOVERED_PSNR:g} dB)"]
+    parts = [f"{count} of {plural(images, 'image')} recovered (PSNR >= {RECOVERED_PSNR:g} dB)"]
     identified = summary.get("identified")
     if identified is not None:
         hits = round(identified["share"] * images)
@@ -403,7 +426,7 @@ def verdict(summary: Summary) -> str:
     else:
         start = found[0].upper() + found[1:]
         if found == "too few updates to tell":
-            start += f" ({_plural(summary['units'], summary['unit'])})"
+            start += f" ({plural(summary['units'], summary['unit'])})"
     return f"{start}: {'; '.join([*parts, *compared])}{_comparison_in_words(summary)}{_why_not(summary, found)}."
 
 
@@ -416,11 +439,11 @@ def _why_not(summary: Summary, found: str | None) -> str:
     reasons = []
     if stuck:
         reasons.append(
-            f"the attack was stuck in {stuck} of {_plural(updates, 'update')}, where the true images explain the "
+            f"the attack was stuck in {stuck} of {plural(updates, 'update')}, where the true images explain the "
             "update better than its answer, and another attack may recover them"
         )
     if ambiguous:
-        reasons.append(f"the answer explains {ambiguous} of {_plural(updates, 'update')} as well as the true images do")
+        reasons.append(f"the answer explains {ambiguous} of {plural(updates, 'update')} as well as the true images do")
     return "".join(f"; {reason}" for reason in reasons)
 
 
@@ -438,5 +461,5 @@ def _limits(gain: Gain) -> str:
     return f"(95% interval {gain['low']:+.2f} to {gain['high']:+.2f})"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -16,6 +16,7 @@ from torch import nn
 import data
 import models
 from attacks.base import Attack
+from core.domain import TextDomain
 from core.errors import UsageError
 from core.paths import ROOT
 from core.protocol import Batch, Observation, Recipe
@@ -87,12 +88,13 @@ class Experiment:
             return model
         model = models.build(
             flags.model,
-            self.task.domain.shape,  # type: ignore[arg-type]
+            self.task.domain.shape,
             self.task.num_classes,
             activation=flags.activation,
             norm=flags.norm,
             dropout=flags.dropout,
             width=flags.width,
+            vocabulary=len(self.task.domain.words) if isinstance(self.task.domain, TextDomain) else None,
             rng=rng,
         )
         model = parse_defense(flags.defense).on_architecture(model, stream(self.seed, "architecture"))
@@ -122,7 +124,8 @@ class Experiment:
         """Train on public data first, if the flags ask for it."""
         if self.flags.pretrain_epochs:
             rng = stream(self.seed, "pre")
-            pretrain(self.model, self.public_on_device, self.task, self.flags.pretrain_epochs, rng, on_step)
+            loss = self.source.recipe.loss
+            pretrain(self.model, self.public_on_device, self.task, self.flags.pretrain_epochs, rng, on_step, loss)
 
     def session(self) -> Session:
         """The federation's side of the run, whose server prepares each broadcast as the attack does."""
@@ -130,7 +133,8 @@ class Experiment:
         def on_broadcast(model: nn.Module, recipe: Recipe) -> nn.Module:
             return self.attack.implant(model, self.task, self.public_on_device, recipe)
 
-        return Session(self.model, self.task, self.device, self.seed, on_broadcast)
+        attack = self.attack
+        return Session(self.model, self.task, self.device, self.seed, on_broadcast, attack.personalize, attack.isolates)
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
         """The trials of the source that have not finished, as jobs; truth stays in their payload."""
@@ -147,10 +151,10 @@ class Experiment:
         model = copy.deepcopy(trial.model)
         public = None if self.flags.public == "none" else self.public_on_device
         recipe, update = self.beliefs.about(trial.recipe), self.beliefs.of(trial.update)
-        return Observation(self.task, recipe, model, update, public, granted)
+        return Observation(self.task, recipe, model, update, public, granted, trial.aggregate)
 
     def accuracy(self, model: nn.Module) -> float:
-        return accuracy(model, self.test, self.task)
+        return accuracy(model, self.test, self.task, loss=self.source.recipe.loss)
 
     @property
     def worker_count(self) -> int:
@@ -248,15 +252,17 @@ def choose_device(name: str) -> torch.device:
 def load_dataset(flags: Any) -> data.Dataset:
     """The data set that the flags of a mode name."""
     public = "same" if flags.public == "none" else flags.public
-    return _load_data(flags.dataset, flags.base_datadir, flags.image_size, flags.normalize, flags.victims, public)
+    return _load_data(
+        flags.dataset, flags.base_datadir, flags.image_size, flags.tokens, flags.normalize, flags.victims, public
+    )
 
 
 @functools.lru_cache(maxsize=2)
 def _load_data(
-    name: str, base: Path, image_size: int | None, normalize: str, victims: str, public: str
+    name: str, base: Path, image_size: int | None, tokens: int | None, normalize: str, victims: str, public: str
 ) -> data.Dataset:
     chosen: dict[str, Any] = {"normalize": normalize, "victims": victims, "public": public}
-    return data.load(name, base_datadir=base, image_size=image_size, **chosen)
+    return data.load(name, base_datadir=base, image_size=image_size, tokens=tokens, **chosen)
 
 
 def public_batch(dataset: data.Dataset) -> Batch:

@@ -21,11 +21,15 @@ class Common:
     public: Literal["same", "other", "noise", "none"] = hp(
         "same", "public images of the attacker: same (the victims' classes), other (classes), noise, or none"
     )
+    aggregate: int = hp(
+        1, "number of clients whose mean update is all that the server sees, as behind secure aggregation", ge=1
+    )
     believe: tuple[str, ...] = hp(
         (),
         "wrong beliefs of the attacker about the training: FLAG=VALUE, such as local-lr=0.02 batch-size=4 defense=none",
     )
     image_size: int | None = hp(None, "side of the images in pixels; default: the data set's own")
+    tokens: int | None = hp(None, "length of a sentence (text, textfile); default: 16", ge=2)
     normalize: Literal["none", "dataset", "half"] = hp(
         "none", "input of the model: pixels in [0, 1], the data set's mean and std, or mean 0.5 and std 0.5"
     )

@@ -15,11 +15,11 @@ from data import Split
 from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
 from evaluation.candidates import Candidates, Pool
-from evaluation.evaluator import ScoringContext, score_trial
+from evaluation.evaluator import ScoringContext
 from evaluation.guarantees import guarantee, identified_bound
-from evaluation.metrics import Lpips
+from evaluation.metrics import Lpips, metrics_of
 from evaluation.objective import objectives
-from evaluation.summary import summarize
+from evaluation.scoring import scoring_of
 from evaluation.verdict import outcome
 from federated.simulation import Session, Trial
 from report import figures, tables
@@ -71,7 +71,7 @@ def execute(experiment: Experiment) -> dict[str, Any]:
     print(tables.one_run(summary))
     for note in _lpips_notes():
         print(f"note: {note}")
-    print(_shown(store.folder / "grid.png"))
+    print(_shown(store.folder / tables.VIEWS[experiment.task.domain.name].picture))
     return summary
 
 
@@ -80,12 +80,14 @@ class _Run:
 
     def __init__(self, experiment: Experiment, store: Store) -> None:
         self.experiment, self.store = experiment, store
-        self.context = ScoringContext(
-            experiment.task, Baselines(experiment.public), {"lpips": _lpips()}, candidates_of(experiment)
-        )
+        domain = experiment.task.domain
+        self.scoring = scoring_of(domain)
+        networks = {metric.name: _lpips() for metric in metrics_of(domain) if metric.pretrained}
+        baselines, recipe = Baselines(experiment.public, domain.typical), experiment.source.recipe
+        self.context = ScoringContext(experiment.task, baselines, networks, candidates_of(experiment), recipe)
         self.rounds: list[dict[str, Any]] = []
         self.trials_done = 0
-        self.psnrs = [row["psnr"] for row in store.rows()]
+        self.scores = [row[self.scoring.key] for row in store.rows()]
         store.restart_log("rounds.jsonl")
 
     def run(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class _Run:
                 for job, result in results:
                     self._add(job, result)
                     self.trials_done += 1
-                    bar.finish(job.index, self._description, self._mean_psnr)
+                    bar.finish(job.index, self._description, self._mean_score)
         return self._finish()
 
     def _pretrain(self) -> None:
@@ -126,13 +128,13 @@ class _Run:
         return f"{name}: {self.trials_done}/{experiment.flags.trials} trials"
 
     @property
-    def _mean_psnr(self) -> str:
-        return f"PSNR {sum(self.psnrs) / len(self.psnrs):.1f} dB" if self.psnrs else ""
+    def _mean_score(self) -> str:
+        return self.scoring.progress(self.scores)
 
     def _on_client(self, bar: Bar, number: int, trained: int, clients: int) -> None:
         """Client `trained` of a round starts its training."""
         where = f"round {number + 1}/{self.experiment.source.rounds}, client {trained + 1}/{clients}"
-        bar.update(("round", number), trained / clients, f"{self._description}, {where}", self._mean_psnr)
+        bar.update(("round", number), trained / clients, f"{self._description}, {where}", self._mean_score)
 
     def _on_round(self, bar: Bar, session: Session, record: dict[str, Any]) -> None:
         """A round has ended."""
@@ -141,12 +143,12 @@ class _Run:
         self.rounds.append(record)
         self.store.log("rounds.jsonl", record)
         where = f"round {number + 1}/{rounds}, accuracy {record['accuracy']:.2f}"
-        bar.finish(("round", number), f"{self._description}, {where}", self._mean_psnr)
+        bar.finish(("round", number), f"{self._description}, {where}", self._mean_score)
 
     def _on_progress(self, bar: Bar, trial: int, iteration: int, total: int, objective: float) -> None:
         """An iteration of a trial's attack has ended."""
         text = f"trial {trial}: {iteration}/{total}, objective {objective:.1e}"
-        mean = self._mean_psnr
+        mean = self._mean_score
         bar.update(trial, iteration / max(total, 1), self._description, f"{mean}, {text}" if mean else text)
 
     def _results(self, jobs: Any, listen: Listener) -> Results:
@@ -166,7 +168,7 @@ class _Run:
         truth, task = trial.truth, experiment.task
         recoverable = recoverable_mask(experiment.attack, job.observation.model, task, truth.examples)
         unrelated = experiment.negative_controls(len(truth.labels), job.index) if recoverable is not None else None
-        score = score_trial(
+        score = self.scoring.score(
             truth,
             result.reconstruction,
             self.context,
@@ -188,7 +190,7 @@ class _Run:
             rows[0]["unit"] = f"photograph {experiment.dataset.class_names[rows[0]['label_true']]}"
         record = {"trial": job.index, **score.record, **common}
         self.store.add_trial(rows, record, truth.examples.cpu(), score.rebuilt)
-        self.psnrs += [row["psnr"] for row in rows]
+        self.scores += [row[self.scoring.key] for row in rows]
 
     def _finish(self) -> dict[str, Any]:
         experiment, store = self.experiment, self.store
@@ -199,7 +201,7 @@ class _Run:
             "attack": experiment.command.attack_name,
             "dataset": experiment.flags.dataset,
             "model": experiment.flags.model,
-            **summarize(rows, trials, experiment.flags.thresholds),
+            **self.scoring.summarize(rows, trials, experiment.flags.thresholds),
             "oracle": experiment.oracle,
             "knows": experiment.knowledge,
             "threat": experiment.attack.threat,
@@ -221,7 +223,9 @@ class _Run:
             summary["training_loss"] = None if None in losses else sum(losses) / len(losses)
             figures.learning_curve(store.folder / "accuracy.png", self.rounds)
         names = [row["file"] for row in rows] if all("file" in row for row in rows) else None
-        figures.grid(store.folder / "grid.png", *store.images(), rows, experiment.task.domain, names)
+        domain = experiment.task.domain
+        view = tables.VIEWS[domain.name]
+        view.draw(store.folder / view.picture, *store.images(), rows, domain, names)
         store.finish(summary)
         return summary
 

@@ -4,29 +4,27 @@ from core.errors import UsageError
 from core.protocol import Recipe
 from core.references import absolute
 from data import Dataset
-from defenses.base import parse
 from federated.simulation import FedAvgSource, GradientSource
-from runner.flags import Fed, Grad
+from models import MODELS
+from runner.flags import Common, Fed, Grad
 
 DEALT = (
     *("trials", "seed", "clients", "client_images", "clients_per_round", "rounds"),
-    *("lr_decay", "partition", "beta", "classes_per_client"),
+    *("lr_decay", "partition", "beta", "classes_per_client", "aggregate"),
 )  # flags that are arguments of FedAvgSource.deal
 
 
 def gradient_source(flags: Grad, dataset: Dataset) -> GradientSource:
     """One gradient of a private batch for each trial."""
     n, available = flags.batch_size, len(dataset.private)
-    if n * flags.trials > available:
+    needed = n * flags.trials * flags.aggregate
+    if needed > available:
         raise UsageError(
-            f"{flags.trials} trials with `batch_size={n}` need {n * flags.trials} private images, and {flags.dataset} "
+            f"{flags.trials} trials with `batch_size={n}` need {needed} private images, and {flags.dataset} "
             f"has {available}: lower `batch_size` or `trials`"
         )
-    if parse(flags.defense).aggregates:
-        raise UsageError("`defense=secagg` adds up clients, and a gradient has none: use main_fed.py")
-    loss = absolute(flags.loss)  # worker processes may have another working directory
-    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, loss=loss, defense=flags.defense)
-    return GradientSource(dataset.private, recipe, flags.trials)
+    recipe = Recipe(batch_size=n, model_mode=flags.model_mode, loss=_loss(flags), defense=flags.defense)
+    return GradientSource(dataset.private, recipe, flags.trials, flags.aggregate)
 
 
 def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
@@ -40,7 +38,14 @@ def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
         optimizer=flags.client_optimizer,
         lr_schedule=flags.lr_schedule,
         model_mode=flags.model_mode,
-        loss=absolute(flags.loss),
+        loss=_loss(flags),
         defense=flags.defense,
     )
     return FedAvgSource.deal(dataset, recipe, **{name: getattr(flags, name) for name in DEALT})
+
+
+def _loss(flags: Common) -> str:
+    """The loss of the flags or, where they name none, that of the network."""
+    if flags.loss == "cross_entropy" and flags.model in MODELS:
+        return MODELS[flags.model].loss
+    return absolute(flags.loss)  # worker processes may have another working directory

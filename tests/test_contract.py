@@ -14,17 +14,19 @@ import torch
 from torch import nn
 
 from attacks import ATTACKS, Attack
+from core.domain import TextDomain
 from core.errors import UsageError
 from core.hyperparameters import paper_values
-from core.protocol import Batch, Observation, Recipe, Reconstruction, image_task
+from core.protocol import Batch, Observation, Recipe, Reconstruction, Task, image_task
 from defenses.base import DEFENSES
 from federated.client import gradient, train
-from models import build
+from models import MODELS, build
 from models.inspection import REQUIREMENTS
 from runner import flags
 from tests.conftest import ROOT
 
-TASK = image_task((3, 16, 16), 6, (0.5,) * 3, (0.5,) * 3)
+IMAGES = image_task((3, 16, 16), 6, (0.5,) * 3, (0.5,) * 3)
+SENTENCES = Task(TextDomain((6,), tuple(f"word{i}" for i in range(40))), 6)
 KINDS = ("gradient", "delta")
 NAMES = sorted(ATTACKS)
 
@@ -43,47 +45,58 @@ def small(name: str) -> Attack:
     return cls(**{field: value for field, value in budgets.items() if value is not None})
 
 
-def batch(n: int, seed: int) -> Batch:
+def task_of(attack: Attack) -> Task:
+    """A task whose examples the attack reconstructs."""
+    return IMAGES if "continuous" in attack.kinds else SENTENCES
+
+
+def batch(n: int, seed: int, task: Task = IMAGES) -> Batch:
     rng = torch.Generator().manual_seed(seed)
-    return Batch(torch.rand(n, *TASK.domain.shape, generator=rng), torch.randint(TASK.num_classes, (n,), generator=rng))
+    draw = torch.rand(n, *task.domain.shape, generator=rng) if task is IMAGES else task.domain.init(n, rng)
+    return Batch(draw, torch.randint(task.num_classes, (n,), generator=rng))
 
 
 def example_model(attack: Attack) -> nn.Module:
-    rng = torch.Generator().manual_seed(0)
-    return build(attack.example_model, TASK.domain.shape, TASK.num_classes, rng=rng)
+    rng, task = torch.Generator().manual_seed(0), task_of(attack)
+    words = len(task.domain.words) if isinstance(task.domain, TextDomain) else None
+    return build(attack.example_model, task.domain.shape, task.num_classes, rng=rng, vocabulary=words)
+
+
+def recipe_of(attack: Attack, *args: Any, **kwargs: Any) -> Recipe:
+    return Recipe(*args, **kwargs, loss=MODELS[attack.example_model].loss)
 
 
 def observe(
     attack: Attack, kind: str, n: int = 2, granted: bool = False, local: Recipe | None = None, public: bool = True
 ) -> Observation:
-    auxiliary, model = batch(40, seed=5), example_model(attack)
-    truth, rng = batch(n, seed=1), torch.Generator().manual_seed(2)
-    recipe = Recipe(n) if kind == "gradient" else local or Recipe(n, 2, lr=0.01)
-    attack.check(model, TASK, recipe, kind, n)
-    model = attack.implant(model, TASK, auxiliary, recipe)
+    task = task_of(attack)
+    auxiliary, model = batch(40, 5, task), example_model(attack)
+    truth, rng = batch(n, 1, task), torch.Generator().manual_seed(2)
+    recipe = recipe_of(attack, n) if kind == "gradient" else local or recipe_of(attack, n, 2, lr=0.01)
+    attack.check(model, task, recipe, kind, n)
+    model = attack.implant(model, task, auxiliary, recipe)
     if kind == "gradient":
-        update = gradient(model, truth, TASK, recipe, rng)
+        update = gradient(model, truth, task, recipe, rng)
     else:
-        update, _ = train(model, truth, TASK, recipe, rng)
+        update, _ = train(model, truth, task, recipe, rng)
     facts = {"labels": truth.labels} if granted else {}
-    return Observation(TASK, recipe, model, update, auxiliary if public else None, facts)
+    return Observation(task, recipe, model, update, auxiliary if public else None, facts)
 
 
 def reconstruct(attack: Attack, observation: Observation) -> Reconstruction:
     return attack.reconstruct(observation, torch.Generator().manual_seed(7))
 
 
-def assert_valid(rec: Reconstruction) -> None:
-    assert rec.examples.ndim == 4
-    assert rec.examples.shape[1:] == TASK.domain.shape
+def assert_valid(rec: Reconstruction, task: Task) -> None:
+    assert rec.examples.ndim == 1 + len(task.domain.shape)
+    assert rec.examples.shape[1:] == task.domain.shape
     assert rec.examples.isfinite().all()
-    assert rec.examples.min() >= 0
-    assert rec.examples.max() <= 1
+    assert torch.equal(task.domain.project(rec.examples), rec.examples)
     assert rec.status in ("ok", "diverged")
     if rec.labels is not None:
         assert rec.labels.shape == rec.examples.shape[:1]
         assert rec.labels.dtype == torch.int64
-        assert set(rec.labels.tolist()) <= set(range(TASK.num_classes))
+        assert set(rec.labels.tolist()) <= set(range(task.num_classes))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +129,7 @@ def test_an_adam_client_is_attacked_or_refused(name: str, epochs: int) -> None:
     attack = small(name)
     local = Recipe(2, epochs, lr=0.01, optimizer="adam", lr_schedule="cosine")
     if attack.supports_adam:
-        assert_valid(reconstruct(attack, observe(attack, "delta", local=local)))
+        assert_valid(reconstruct(attack, observe(attack, "delta", local=local)), task_of(attack))
     else:
         with pytest.raises(UsageError, match="`client_optimizer=sgd`"):
             observe(attack, "delta", local=local)
@@ -125,7 +138,7 @@ def test_an_adam_client_is_attacked_or_refused(name: str, epochs: int) -> None:
 @pytest.mark.parametrize("name", ["ig_single", "sme"])
 def test_a_note_says_that_adam_hides_sizes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for optimizer, kind in (("sgd", "delta"), ("adam", "gradient"), ("adam", "delta")):
-        ATTACKS[name]().check(nn.Identity(), TASK, Recipe(1, optimizer=optimizer), kind, 1)  # type: ignore[arg-type]
+        ATTACKS[name]().check(nn.Identity(), IMAGES, Recipe(1, optimizer=optimizer), kind, 1)  # type: ignore[arg-type]
     note = capsys.readouterr().err
     assert note.startswith("note: Adam")
     assert note.count("\n") == 1
@@ -135,7 +148,7 @@ def test_a_note_says_that_adam_hides_sizes(name: str, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_and_labels_have_their_shapes_and_ranges(name: str, kind: str) -> None:
     attack = small(name)
-    assert_valid(reconstruct(attack, observe(attack, kind)))
+    assert_valid(reconstruct(attack, observe(attack, kind)), task_of(attack))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +157,7 @@ def test_no_public_data_is_needed_unless_required(name: str, kind: str) -> None:
     attack = small(name)
     if "public" in attack.requirements():
         pytest.skip("its defaults require public data")
-    assert_valid(reconstruct(attack, observe(attack, kind, public=False)))
+    assert_valid(reconstruct(attack, observe(attack, kind, public=False)), task_of(attack))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,10 +221,10 @@ def test_attack_and_observation_survive_pickling(name: str) -> None:
 def test_a_batch_too_large_is_refused_in_one_line(name: str) -> None:
     attack = small(name)
     model, huge = example_model(attack), 10**6
-    attack.check(model, TASK, Recipe(1), "gradient", 1)
+    attack.check(model, task_of(attack), recipe_of(attack, 1), "gradient", 1)
     message = ""
     try:
-        attack.check(model, TASK, Recipe(huge), "gradient", huge)
+        attack.check(model, task_of(attack), recipe_of(attack, huge), "gradient", huge)
     except UsageError as refusal:
         message = str(refusal)
     assert not message or "`batch_size`" in message
@@ -221,9 +234,11 @@ def test_a_batch_too_large_is_refused_in_one_line(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prepared_model_can_be_prepared_again(name: str) -> None:
     """Every round broadcasts: implanting twice is implanting once, and leaves the layers as they were."""
-    attack, public, recipe = small(name), batch(40, seed=5), Recipe(2, lr=0.01)
-    once = attack.implant(example_model(attack), TASK, public, recipe)
-    twice = attack.implant(copy.deepcopy(once), TASK, public, recipe)
+    attack = small(name)
+    task, recipe = task_of(attack), recipe_of(attack, 2, lr=0.01)
+    public = batch(40, 5, task)
+    once = attack.implant(example_model(attack), task, public, recipe)
+    twice = attack.implant(copy.deepcopy(once), task, public, recipe)
     assert once.state_dict().keys() == twice.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True))
 
@@ -264,6 +279,7 @@ def without(requirement: str) -> nn.Module | None:
         ),
         "pixel_layer_bias": nn.Sequential(flat, nn.Linear(side, 32, bias=False), nn.ReLU(), nn.Linear(32, 6)),
         "hidden_layer": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6)),
+        "attention": nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 24), flat, nn.Linear(144, 6)),
         "relu": nn.Sequential(flat, nn.Linear(side, 32), nn.Sigmoid(), nn.Linear(32, 6)),
         "double_backward": nn.Sequential(nn.Conv2d(3, 4, 3), OnceDifferentiable(), flat, nn.Linear(784, 6)),
         "vit": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6)),
@@ -281,7 +297,7 @@ def test_requirements_are_declared_and_checked(name: str) -> None:
             assert requirement == "public", f"no model here lacks {requirement}: add one to `without`"
             continue
         with pytest.raises(UsageError, match=name) as refusal:
-            attack.check(model, TASK, Recipe(1), "gradient", 1)
+            attack.check(model, task_of(attack), Recipe(1), "gradient", 1)
         assert "\n" not in str(refusal.value)
 
 

@@ -20,7 +20,6 @@ from experiments.defenses import frontier
 from federated.client import gradient, train
 from models import build
 from models.inspection import head_layer
-from tests.commands import in_process, lines, only_run
 from tests.test_attacks import smooth_pictures
 
 TASK = image_task((3, 8, 8), 4, (0.5,) * 3, (0.5,) * 3)
@@ -167,20 +166,6 @@ def test_two_likelihoods_cannot_be_countered_together() -> None:
 
 
 # --- commands ---
-
-
-def test_secure_aggregation_shows_only_sums(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Three clients of one image look like one client of three."""
-    flags = ["--image-size", "16", "--jobs", "1", "--out", str(tmp_path), "--defense", "secagg()"]
-    words = ["baseline", *flags, "--trials", "2", "--clients", "3"]
-    assert in_process("main_fed.py", words, monkeypatch) == 0
-    assert [row["trial"] for row in lines(only_run(tmp_path) / "rows.jsonl")] == [0, 0, 0, 1, 1, 1]
-    assert in_process("main_fed.py", [*words, "--rounds", "1"], monkeypatch) == 2
-    assert "send only 1 updates" in capsys.readouterr().err
-    assert in_process("main_grad.py", ["baseline", *flags], monkeypatch) == 2
-    assert "main_fed.py" in capsys.readouterr().err
 
 
 def summary(share: float, p_value: float = 1.0, **more: object) -> dict[str, object]:

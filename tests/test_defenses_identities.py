@@ -1,7 +1,6 @@
 """Every defence does exactly what its equation says, and where a real client would do it."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UsageError
-from core.protocol import Batch, Recipe, Update, image_task
+from core.protocol import Batch, Recipe, image_task
 from defenses.base import DEFENSES, parse
 from defenses.mixup import beta
 from defenses.precode import Bottleneck, find_bottleneck
@@ -209,23 +208,6 @@ def test_precode_is_part_of_every_copy_and_only_the_client_draws() -> None:
     assert torch.equal(net(x), net(x))
     client = parse("precode(units=6)").on_model(copy.deepcopy(net))
     assert not torch.equal(client(x), client(x))
-
-
-def test_secure_aggregation_is_the_exact_weighted_mean() -> None:
-    updates = [
-        Update("delta", {"w": t}, n) for t, n in zip(torch.randn(5, 7, generator=rng()), (1, 2, 3, 4, 5), strict=True)
-    ]
-    (together,) = parse("secagg()").on_aggregate(updates)
-    expected = sum(u.tensors["w"].double() * u.num_examples for u in updates) / 15
-    assert together.num_examples == 15
-    assert torch.equal(together.tensors["w"], expected.float())
-    assert [u.num_examples for u in parse("secagg(clients=2)").on_aggregate(updates)] == [3, 7, 5]
-    net = nn.Linear(1, 7, bias=False)
-    many = [dataclasses.replace(u, tensors={"weight": u.tensors["w"].view(7, 1)}) for u in updates]
-    other = copy.deepcopy(net)
-    aggregate(net, many)
-    aggregate(other, parse("secagg(clients=2)").on_aggregate(many))
-    assert torch.allclose(net.weight, other.weight, atol=1e-7)
 
 
 # --- where a client applies them ---

@@ -8,7 +8,7 @@ from models.zoo.layers import activation_layer, with_head
 from models.zoo.registry import Shape, model
 
 
-@model("mlp", smallest=1)
+@model("mlp", smallest=1, takes="vectors")
 def mlp(
     image_shape: Shape, num_classes: int, *, activation: str = "relu", dropout: float = 0.0, width: int = 256
 ) -> nn.Module:
@@ -21,7 +21,7 @@ def mlp(
     return with_head(body, width, num_classes, dropout)
 
 
-@model("fc2", smallest=1)
+@model("fc2", smallest=1, takes="vectors")
 def fc2(image_shape: Shape, num_classes: int, *, width: int = 256) -> nn.Module:
     """FC2 of the Cocktail Party Attack, d -> 256 -> classes. Kariyappa et al., ICML 2023. https://arxiv.org/abs/2209.05578
 
