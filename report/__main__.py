@@ -1,4 +1,4 @@
-"""python -m report [--to FOLDER] RUN_FOLDER ...: one table over finished runs."""
+"""python -m report [--to FOLDER] [-o PAGE] RUN_FOLDER ...: one table, or one HTML page, over finished runs."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from core.errors import UsageError
 from report.compare import compare_folders
+from report.page import write_page
 from report.tables import METRIC_HELP
 from utils.flags import FlagError, Parser
 from utils.terminal import prepare_streams, printable
@@ -23,7 +24,7 @@ def parser() -> Parser:
     ]
     found = Parser(
         prog="python -m report",
-        description="One table over finished runs: the settings in which they differ, then the metrics.",
+        description="One table over finished runs, the settings in which they differ and the metrics; or one HTML page.",
         epilog="\n".join(["metrics:", *metrics]),
     )
     found.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -31,6 +32,8 @@ def parser() -> Parser:
         "folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="folder of a run, or a folder above runs"
     )
     found.add_argument("--to", type=Path, metavar="FOLDER", help="folder for table.md, table.csv and plot.png")
+    found.add_argument("-o", "--output", type=Path, metavar="PAGE", help="HTML file of a page over the runs")
+    found.add_argument("--show-victims", action="store_true", help="private pictures of audits on the page")
     return found
 
 
@@ -39,16 +42,22 @@ def main() -> None:
     prepare_streams()
     try:
         given = parser().parse(sys.argv[1:])
-        comparison, unfinished = compare_folders(given.folders)
-        if given.to is not None:
-            comparison.write(given.to)
+        shown = []
+        if given.output is not None:
+            headline, unfinished = write_page(given.folders, given.output, given.show_victims)
+            shown.append(f"{headline}: {printable(str(given.output))}")
+        if given.output is None or given.to is not None:
+            comparison, unfinished = compare_folders(given.folders)
+            shown.append(comparison.markdown())
+            if given.to is not None:
+                comparison.write(given.to)
     except (UsageError, FlagError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
     for folder in unfinished:
         print(printable(f"{folder} is not a finished run and is left out"), file=sys.stderr)
-    print(comparison.markdown())
+    print("\n".join(shown))
 
 
 def _fail(message: str) -> NoReturn:

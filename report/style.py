@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000")  # Okabe and Ito
+DARK_COLORS = ("#5DB3EA", "#F39C5A", "#3CC9A0", "#E39CC4", "#F0BC4E", "#8FD0F5", "#B493E0", "#D5D8DC")  # on dark
+TRUTH, REBUILT = ("#0069A6", "#6CB8E8"), ("#B84E00", "#F39C5A")  # frames of examples, on light and on dark
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # lines can be told apart without colour
 REFERENCE = {"color": "#7F7F7F", "linestyle": "--", "linewidth": 1.2}  # baselines and oracles
 WIDTH, HEIGHT = 6.4, 4.0  # inches, of one panel

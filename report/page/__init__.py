@@ -1,0 +1,27 @@
+"""One HTML page over finished runs, which opens from disk and loads nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import UsageError
+from report.page.load import load_runs
+from report.page.render import headline, is_complete, page
+from utils.files import write_bytes
+
+
+def write_page(paths: Sequence[Path], output: Path, show_victims: bool = False) -> tuple[str, list[Path]]:
+    """Write the page over all finished runs in these folders; its headline, and the folders that were left out.
+
+    show_victims: whether the pictures of audits, which are private, are on the page. Other runs always show theirs.
+    Raises UsageError if there is no finished run, OSError if the page cannot be written.
+    """
+    found, left_out = load_runs(paths)
+    runs = [run for run in found if is_complete(run)]
+    left_out += [run.folder for run in found if run not in runs]
+    if not runs:
+        raise UsageError(f"there is no finished run in {', '.join(map(str, paths))}")
+    text = page(runs, left_out, show_victims)
+    if not output.parent.is_dir():
+        raise UsageError(f"`output`: there is no folder {output.parent}")
+    write_bytes(output, text.encode("utf-8", "replace"))
+    return headline(runs), left_out
