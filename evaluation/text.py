@@ -21,6 +21,7 @@ from evaluation.evaluator import ScoringContext, TrialScore
 from evaluation.identification import ranks
 from evaluation.intervals import mean_interval, share_interval
 from evaluation.metrics import compare, metric
+from evaluation.objective import status_of
 from evaluation.pairing import assign
 from evaluation.scoring import SCORINGS, Scoring
 from evaluation.summary import QUANTILES, identified_share, quantiles, thin, unit_kind, unit_of
@@ -109,7 +110,8 @@ def score_text(
     record: dict[str, Any] = {
         "iterations": rec.iterations,
         "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
-        "status": rec.status,
+        "objective": None,
+        "status": status_of(rec, None, all(row["match"] is not None and row["token_accuracy"] == 1 for row in rows)),
         "restarts": rec.restarts,
         "trace": thin(rec.trace),
     }

@@ -11,7 +11,7 @@ from evaluation.verdict import identifies, outcome
 from report.tables import ENTRIES, VIEWS, Entry, Summary, View, interval, mean_std, number, plural, share
 from utils.files import write_atomically
 
-_SHARED = ("identified", "missed", "diverged", "test accuracy", "training loss", "seconds", "granted (oracle)")
+_SHARED = ("identified", "missed", "status", "test accuracy", "training loss", "seconds", "granted (oracle)")
 _shared = {entry.label: entry for entry in ENTRIES if entry.label in _SHARED}
 
 TEXT_ENTRIES = (
