@@ -7,14 +7,14 @@ from attacks import ATTACKS
 from core.protocol import Recipe, Reconstruction
 from defenses.base import DEFENSES
 from evaluation.objective import Objectives, objectives, status_of
-from tests.test_contract import NAMES, TASK, batch, observe, small
+from tests.test_contract import IMAGES, NAMES, batch, observe, small
 
 MATCHING = [name for name in NAMES if small(name).matching_objective(observe(small(name), "gradient", n=1)) is not None]
 UNROLLED = sorted(set(MATCHING) - {"ig_single"})  # which models an update otherwise than the client
 ROUNDING = 1e-6  # of float32, relative
 
 DETERMINISTIC = ["none", "clip(bound=0.01)"]
-MEAN = torch.full(TASK.domain.shape, 0.5)
+MEAN = torch.full(IMAGES.domain.shape, 0.5)
 
 
 def found(name: str, kind: str, recipe: Recipe | None = None, n: int = 2) -> Objectives:
@@ -28,7 +28,8 @@ def found(name: str, kind: str, recipe: Recipe | None = None, n: int = 2) -> Obj
 
 
 def test_every_attack_by_gradient_matching_has_an_objective() -> None:
-    assert MATCHING == ["dlf", "dlg", "ggl", "gias", "idlg", "ig_multi", "ig_single", "ig_weight", "sme"]
+    published = {"dlf", "dlg", "ggl", "gias", "idlg", "ig_multi", "ig_single", "ig_weight", "sme"}
+    assert published <= set(MATCHING)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -33,18 +33,20 @@ class Lbfgs:
 
     def reset(self) -> None:
         self.stored = 0  # pairs ever stored
+        self.iterations = 0
         self.loss: float | None = None
         self.grad = self.pairs.new_zeros(self.pairs.shape[2])
 
     def state_dict(self) -> dict[str, Any]:
         used = min(self.stored, len(self.pairs))
         history = {"pairs": self.pairs[:used].clone(), "products": self.products[:, :used, :used].clone()}
-        return history | {"stored": self.stored, "loss": self.loss, "grad": self.grad.clone()}
+        return history | {"stored": self.stored, "iterations": self.iterations, "loss": self.loss, "grad": self.grad.clone()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         used = len(saved["pairs"])
         self.pairs[:used], self.products[:, :used, :used] = saved["pairs"], saved["products"].cpu()
-        self.stored, self.loss, self.grad = saved["stored"], saved["loss"], saved["grad"]
+        self.stored, self.iterations = saved["stored"], saved["iterations"]
+        self.loss, self.grad = saved["loss"], saved["grad"]
 
     def evaluate(self, closure: Closure, at_most: int) -> tuple[float, int]:
         count = min(CHUNK, at_most)
@@ -69,7 +71,11 @@ class Lbfgs:
             descent = torch.dot(self.grad, direction).item()
             if not descent < 0:
                 break
-            length = self.lr if self.stored else self.lr * min(1.0, 1 / self.grad.abs().sum().item())
+            # without a stored pair the direction has the size of the gradient; torch, and so the DLG authors' loop,
+            # scales only the first step of all
+            scaled = not self.stored if self.line_search else not self.iterations
+            length = self.lr * min(1.0, 1 / self.grad.abs().sum().item()) if scaled else self.lr
+            self.iterations += 1
             origin, before = self._flatten(self.variables), self.grad
             if self.line_search:
                 self.loss, self.grad, length, taken = _strong_wolfe(
