@@ -118,7 +118,8 @@ class CocktailParty(features.FeatureInversionAttack):
         layer, task = hidden_layer(observation.model), observation.task
         assert layer is not None, "the model has no fully connected layer before the head"
         problem, extractor = features.layer_problem(observation, layer)
-        if not problem.gradient.isfinite().all():  # local training has diverged
+        # local training has diverged, or moved nothing
+        if not problem.gradient.isfinite().all() or not problem.gradient.any():
             return failed_reconstruction(observation)
         view = self.view(observation, extractor)
         use_zeros = self.refine and self.unmixing in ("differences", "pixels") and has_relu(observation.model)

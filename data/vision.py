@@ -47,7 +47,8 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 # what torchvision's readers and downloads raise on damaged files and broken connections
 DAMAGED = (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-DAMAGED += (EOFError, ImportError, MemoryError, HTTPException, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
+DAMAGED += (EOFError, ArithmeticError, ImportError, MemoryError, HTTPException, pickle.UnpicklingError)
+DAMAGED += (zipfile.BadZipFile, zlib.error)
 
 
 @register

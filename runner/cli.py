@@ -17,7 +17,7 @@ from core.registry import Registry
 from runner.flags import Common
 from utils.flags import FlagError, Parser, add_flags, as_flags, given
 from utils.memory import is_out_of_memory
-from utils.signals import stopped_by_signals
+from utils.signals import Stopped, end_at_once, stopped_by_signals
 from utils.terminal import prepare_streams, printable
 
 F = TypeVar("F")
@@ -134,7 +134,9 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         with contextlib.suppress(OSError):  # the terminal is gone
             print("\ninterrupted: the same command continues the run", file=sys.stderr, flush=True)
-        raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
+        if isinstance(stop, Stopped):
+            end_at_once(128 + stop.number)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def fail(message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """A mistake is answered with one line and exit code 2, and leaves nothing behind."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def weights_of_another_shape(tmp: Path) -> list[str]:
     return ["dlg", "--weights", str(tmp / "w.pt")]
 
 
+def weights_from_a_pipe(tmp: Path) -> list[str]:
+    os.mkfifo(tmp / "w.pt")
+    return ["dlg", "--weights", str(tmp / "w.pt")]
+
+
+def image_from_a_pipe(tmp: Path) -> list[str]:
+    root = folder_of_images(tmp / "images")
+    (root / "class0" / "0.png").unlink()
+    os.mkfifo(root / "class0" / "0.png")
+    return ["dlg", "--dataset", "folder", "--base-datadir", str(root)]
+
+
 def unwritable(tmp: Path) -> list[str]:
     (tmp / "file").write_text("in the way")
     return ["baseline", "--out", str(tmp / "file" / "results")]
@@ -102,8 +115,33 @@ GRAD = {
     "infinite": (["dlg", "--lr", "inf"], "--lr"),
     "an update model of a gradient": (["dlg", "--update-model", "single_step"], "gradient"),
     "a rule for one image": (["idlg", "--label-rule", "row_sum", "--batch-size", "2"], "row_sum"),
+    "a network no memory holds": (["baseline", "--model", "mlp", "--width", "1000000000000"], "--width"),
+    "an integer of more than 64 bits": (["dlg", "--history", "99999999999999999999"], "--history"),
+    "a pipe for weights": (weights_from_a_pipe, "w.pt"),
+    "a pipe for an image": (image_from_a_pipe, "0.png"),
+    "colours in a name": (["dlg", "--model", "\x1b[31mred"], "\\x1b"),
     "image too small": (["dlg", "--image-size", "2"], "image-size"),
 }
+
+
+def public_images_of_one_brightness(tmp: Path) -> list[str]:
+    """Files that differ, and pixels that do not."""
+    root = folder_of_images(tmp / "images")
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        Image.new("RGB", (16, 16)).save(path, dpi=(number + 1, 1))
+    return [
+        "rtf",
+        "--model",
+        "cnn",
+        "--dataset",
+        "folder",
+        "--base-datadir",
+        str(root),
+        "--clients",
+        "2",
+        "--trials",
+        "2",
+    ]
 
 
 def nothing_held_out(tmp: Path) -> list[str]:
@@ -122,6 +160,11 @@ FED = {
     "momentum of Adam": (["dlg", "--client-optimizer", "adam", "--momentum", "0.9"], "--client-optimizer sgd"),
     "a schedule of one step": (["dlg", "--lr-schedule", "cosine"], "raise --local-epochs"),
     "quotients of Adam's steps": (["rtf", "--client-optimizer", "adam"], "--client-optimizer sgd"),
+    "a rate beyond float32": (["baseline", "--local-lr", "1e300"], "--local-lr"),
+    "a rate no float32 divides by": (["baseline", "--local-lr", "1e-300"], "--local-lr"),
+    "a decay beyond float32": (["baseline", "--lr-decay", "1e20", "--rounds", "4", "--trials", "2"], "--lr-decay"),
+    "epochs without end": (["baseline", "--local-epochs", "1000000000000000000"], "--local-epochs"),
+    "public images of one brightness": (public_images_of_one_brightness, "--quantiles official"),
     "zero epochs": (["dlg", "--local-epochs", "0"], "--local-epochs"),
 }
 

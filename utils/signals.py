@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 PATIENCE = 0.8  # seconds in which a program may tidy up
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -24,6 +26,14 @@ def die_of_sigint() -> None:
     """Let Ctrl-C end the process at once, without a traceback: for the imports before a program does anything."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process without the interpreter's own end, which takes a second where large libraries are loaded."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def split_pairs(candidates: Candidates, rounds: int = 3) -> None:
     for _ in range(rounds):
         chosen = candidates.independent()
         v = candidates.vectors[chosen]  # (m, h)
-        if len(v) < 2:
+        if len(v) < 2 or v.shape[1] < 3:  # no three rows that could agree
             return
         nonzero = v.abs() > 10 * space.rounding(v.T)[:, None]
         i, j = torch.cartesian_prod(*[torch.arange(len(v), device=v.device)] * 2).T

@@ -119,7 +119,7 @@ def generators(own_folder: Path) -> Iterator[Case]:
     own = (*words[:-2], "--generator", "vae", "--generator-steps", "2")
     run_here("grad", own, own_folder.with_name("first"), {"CHECKPOINTS": str(own_folder)})
     for file in ("generator.safetensors", "manifest.json", "state.pt"):
-        for name, how in damage.FILES.items():
+        for name, how in list(damage.FILES.items())[::3]:
             yield Case("e", f"own {file} {name}", own, prepare=_own(own_folder, file, how), environment=HERE)
 
 

@@ -79,7 +79,8 @@ def _judge(folder: Path, name: str, code: int, took: float) -> str:
 
 def _left(folder: Path) -> list[str]:
     """Temporary files and processes of a command that has ended."""
-    left = [path.name for path in (folder / "tmp").iterdir()]
+    # torch keeps what it has compiled in a folder of its own, after every run
+    left = [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor")]
     mark = f"TMPDIR={folder / 'tmp'}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         try:

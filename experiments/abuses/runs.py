@@ -90,10 +90,12 @@ def folders(prepared: Prepared) -> Iterator[Case]:
     for mode in COMMANDS:
         for state, files in (("half", HALF), ("finished", FINISHED)):
             for file in files:
-                kinds = damage.FILES if mode == "grad" else dict(list(damage.FILES.items())[::4])
+                step = {"grad half": 1, "grad finished": 2}.get(f"{mode} {state}", 4)
+                kinds = dict(list(damage.FILES.items())[::step])
                 for name, how in kinds.items():
                     yield prepared.case(mode, state, f"{file} {name}", _file(file, how))
-            for name, edit in EDITS.items():
+            edits = list(EDITS.items())[:: 1 if (mode, state) == ("grad", "half") else 4]
+            for name, edit in edits:
                 yield prepared.case(mode, state, name, edit)
         for size in (700, 1500, 3000, 5000, 9000, 20_000, 40_000):
             yield Case(

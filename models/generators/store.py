@@ -74,6 +74,9 @@ def load_or_train(
     with FileLock(folder / ".lock"):
         with contextlib.suppress(UsageError):  # another process has trained it meanwhile
             return load(folder, device), folder
+        for name in (WEIGHTS, "manifest.json", "state.pt"):
+            if (folder / name).is_dir():
+                raise UsageError(f"{folder / name} is a folder: remove it")
         if (folder / WEIGHTS).exists():
             print(f"the generator in {folder} is damaged and is trained again", file=sys.stderr)
         _train(config, public, classes, folder, metadata or {})
