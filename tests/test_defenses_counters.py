@@ -198,6 +198,9 @@ def test_no_verdict_counts_unless_its_control_succeeded() -> None:
     assert frontier.verdict(summary(1.0), [summary(0.2), summary(0.0)]) == "weak"
     assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0, 0.001)]) == "weak"
     assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0)]) == "holds"
+    null = {"recovered": 0.15}
+    assert frontier.verdict(summary(1.0), [summary(0.2, null=null)]) == "holds"
+    assert frontier.verdict(summary(0.6, null=null), [summary(0.0)]) == "control failed"
     assert frontier.verdict(summary(1.0), [{"refused": "why"}, {"refused": "why"}]) == "does not apply"
 
 

@@ -6,8 +6,9 @@ the victim among candidates, which is what differential privacy bounds. A cell c
 same victims without a defence, its control, recovers at least half of the images. Accuracy comes from a federation that
 trains for some rounds under the defence. Runs that have finished are not repeated.
 
-Verdicts, by the share of images recovered (the worse of both attackers) over that of the control: broken (at least
-half), weak (at least a tenth, or more victims identified than by chance), holds (less). Thresholds are fixed here.
+Verdicts, by the share of images recovered (the worse of both attackers) over that of the control, each minus the share
+that other images of the same labels would be: broken (at least half), weak (at least a tenth, or more victims identified
+than by chance), holds (less). Thresholds are fixed here.
 """
 
 import contextlib
@@ -213,6 +214,7 @@ def lines_of(found: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]) -> l
         for label, summary in (("control", control), ("static", static), ("adaptive", adaptive)):
             line[f"{label}_psnr"] = summary["psnr"]["mean"] if summary.get("psnr") else None
             line[f"{label}_recovered"] = summary.get("success_rate")
+            line[f"{label}_excess"] = None if "refused" in summary else excess(summary)
         line["verdict"] = verdict(control, (static, adaptive))
         known = static.get("guarantee") or {}
         line["epsilon"], line["bound"] = known.get("epsilon"), static.get("identified_bound")
@@ -221,15 +223,21 @@ def lines_of(found: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]) -> l
     return lines
 
 
+def excess(summary: Mapping[str, Any]) -> float:
+    """The share of images recovered minus the share that other images of the same labels would be (the null)."""
+    null = summary.get("null")
+    return max(0.0, float(summary["success_rate"]) - (null["recovered"] if null else 0.0))
+
+
 def verdict(control: Mapping[str, Any], attacked: Iterable[Mapping[str, Any]]) -> str:
     """broken, weak or holds, by the better of the attackers; or why the cell says nothing."""
     attacked = list(attacked)
     if "refused" in control or all("refused" in summary for summary in attacked):
         return "does not apply"
-    if control["success_rate"] < CONTROL:
+    if excess(control) < CONTROL:
         return "control failed"
     ran = [summary for summary in attacked if "refused" not in summary]
-    share = max(summary["success_rate"] for summary in ran) / control["success_rate"]
+    share = max(map(excess, ran)) / excess(control)
     if share >= BROKEN:
         return "broken"
     return "weak" if share >= WEAK or any(identifies(summary) for summary in ran) else "holds"
@@ -243,7 +251,7 @@ def leakage(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float, f
             continue
         if line["attack"] == "identify":  # a share of updates identified is no share of images recovered
             continue
-        shares = [line[key] for key in ("static_recovered", "adaptive_recovered") if line[key] is not None]
+        shares = [line[key] for key in ("static_excess", "adaptive_excess") if line[key] is not None]
         worst = max(max(shares), points.get(line["strength"], ("", 0.0, 0.0))[2])
         points[line["strength"]] = (line["defense"], line["accuracy"], worst)
     return points
@@ -267,16 +275,15 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
             own = [(accuracy, share) for other, accuracy, share in points.values() if other == name]
             color, marker = style.COLORS[k % len(style.COLORS)], style.MARKERS[k % len(style.MARKERS)]
             ax.plot(*zip(*own, strict=True), color=color, marker=marker, label=name)
-            ax.annotate(
-                "strongest", own[-1], xytext=(4, 4), textcoords="offset points", fontsize=style.SMALL - 1, color=color
-            )
+            for size, point in enumerate(own):
+                ax.plot(*point, color=color, marker=marker, markersize=5 + 3 * size, alpha=0.8)
         if points:
             ring = sorted((points[name][1], points[name][2]) for name in front)
             ax.plot(
                 *zip(*ring, strict=True),
                 linestyle="none",
                 marker="o",
-                markersize=13,
+                markersize=17,
                 markerfacecolor="none",
                 markeredgecolor="#000000",
                 label="Pareto front",
@@ -284,11 +291,11 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
         if control is not None:
             ax.plot(*control, linestyle="none", marker="*", markersize=14, color="#7F7F7F", label="no defence")
         ax.set_xlabel("accuracy of the trained model on held-out images (further right is better)")
-        ax.set_ylabel("share of images recovered by the best attack\n(PSNR >= 20 dB; lower is better)")
+        ax.set_ylabel("share of images recovered by the best attack, above the null\n(PSNR >= 20 dB; lower is better)")
         right = max([accuracy for _, accuracy, _ in points.values()] + [control[0] if control else 0.0])
         ax.set_xlim(0, 1.15 * right or 1.0)
         ax.set_ylim(-0.05, 1.08)
-        ax.set_title("What each defence costs and prevents; lines go from weak to strong")
+        ax.set_title("What each defence costs and prevents; the larger a marker, the stronger the defence")
         figure.legend(loc="outside right center")
         style.save(figure, path)
 
