@@ -7,8 +7,8 @@ same victims without a defence, its control, recovers at least half of the image
 trains for some rounds under the defence. Runs that have finished are not repeated.
 
 Verdicts, by the share of images recovered (the worse of both attackers) over that of the control, each minus the share
-that other images of the same labels would be: broken (at least half), weak (at least a tenth, or more victims identified
-than by chance), holds (less). Thresholds are fixed here.
+that other images of the same labels would be: broken (at least half), weak (at least a tenth, or more victims are
+identified than by chance), holds (less). Thresholds are fixed here.
 """
 
 import contextlib
