@@ -63,6 +63,7 @@ class Experiment:
         self.model = self._build_model().to(self.device)
         self.source = make_source(flags, self.dataset)
         recipe = self.beliefs.about(self.source.recipe)
+        parse_defense(recipe.defense).counter()  # refuses defences that cannot be countered together
         count = self.beliefs.num_examples or self.source.num_examples
         if self.beliefs.num_examples and flags.grant == "labels":
             raise UsageError("`grant=labels` tells the attacker how many images there are: leave out `believe`")

@@ -200,7 +200,7 @@ def test_no_verdict_counts_unless_its_control_succeeded() -> None:
     assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0)]) == "holds"
     null = {"recovered": 0.15}
     assert frontier.verdict(summary(1.0), [summary(0.2, null=null)]) == "holds"
-    assert frontier.verdict(summary(0.6, null=null), [summary(0.0)]) == "control failed"
+    assert frontier.verdict(summary(0.5, null={"recovered": 0.5}), [summary(0.5)]) == "control failed"
     assert frontier.verdict(summary(1.0), [{"refused": "why"}, {"refused": "why"}]) == "does not apply"
 
 

@@ -234,7 +234,7 @@ def verdict(control: Mapping[str, Any], attacked: Iterable[Mapping[str, Any]]) -
     attacked = list(attacked)
     if "refused" in control or all("refused" in summary for summary in attacked):
         return "does not apply"
-    if excess(control) < CONTROL:
+    if control["success_rate"] < CONTROL or not excess(control):
         return "control failed"
     ran = [summary for summary in attacked if "refused" not in summary]
     share = max(map(excess, ran)) / excess(control)
@@ -291,7 +291,7 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
         if control is not None:
             ax.plot(*control, linestyle="none", marker="*", markersize=14, color="#7F7F7F", label="no defence")
         ax.set_xlabel("accuracy of the trained model on held-out images (further right is better)")
-        ax.set_ylabel("share of images recovered by the best attack, above the null\n(PSNR >= 20 dB; lower is better)")
+        ax.set_ylabel("share of images recovered, above the null\n(best attack, PSNR >= 20 dB; lower is better)")
         right = max([accuracy for _, accuracy, _ in points.values()] + [control[0] if control else 0.0])
         ax.set_xlim(0, 1.15 * right or 1.0)
         ax.set_ylim(-0.05, 1.08)
