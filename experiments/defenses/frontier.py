@@ -328,9 +328,7 @@ def main(flags: Flags) -> None:
     text = table(header, cells_of)
     (flags.out / "table.md").write_text(text + "\n", encoding="utf-8")
     plain = [s for c, s in zip(found, summaries, strict=True) if c.name == "none"]
-    shares = [
-        s["success_rate"] for s in plain if s.get("attack") not in ("baseline", "identify") and "refused" not in s
-    ]
+    shares = [excess(s) for s in plain if s.get("attack") not in ("baseline", "identify") and "refused" not in s]
     trained = next((s.get("accuracy") for s in plain if s.get("attack") == "baseline"), None)
     control = (trained, max(shares)) if shares and trained is not None else None
     draw(flags.out / "frontier.png", leakage(lines), control)
