@@ -73,7 +73,7 @@ class RobbingTheFed(FeatureInversionAttack):
 
     direction: Literal["brightness", "random"] = hp(
         "brightness",
-        "what rows measure: brightness, or brightness after a random half of the pixels is inverted, which "
+        "measure of the rows: brightness, or brightness after a random half of the pixels is inverted, which "
         "rotated and flipped copies of an image (OASIS) do not share",
     )
 

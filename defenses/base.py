@@ -204,7 +204,7 @@ class Pipeline(Defense):
         """The steps' functions in order.
 
         Noise before a step without noise is left out (0): clipped noise, for example, is not Gaussian noise of known
-        size. Weights and misfits apply if one step alone has them.
+        size. Weights apply if one step alone has them, and a misfit only if its step is the last to change the update.
         """
         counters = [step.counter() for step in self.steps]
         noise: float | None = 0.0
@@ -233,6 +233,8 @@ class Pipeline(Defense):
                 if own.model is not None:
                     own.model(module, *values[mine])
 
+        acting = zip(self.steps, counters, strict=True)
+        misfits = [own.misfit for step, own in acting if type(step).on_update is not Defense.on_update]
         return Counter(
             forward,
             _only([own.weights for own in counters], "weight entries"),
@@ -241,7 +243,7 @@ class Pipeline(Defense):
             batch if any(own.batch for own in counters) else None,
             model if any(own.model for own in counters) else None,
             _only([own.per_example for own in counters], "change the gradient of each example"),
-            _only([own.misfit for own in counters], "have a likelihood of their own"),
+            misfits[-1] if misfits else None,
         )
 
 

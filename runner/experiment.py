@@ -67,6 +67,7 @@ class Experiment:
             validate(self.model, self.task, mode=flags.model_mode, loss=flags.loss)
         self.source = make_source(flags, self.dataset)
         recipe = self.beliefs.about(self.source.recipe)
+        parse_defense(recipe.defense).counter()  # refuses defences that cannot be countered together
         count = self.beliefs.num_examples or self.source.num_examples
         if self.beliefs.num_examples and flags.grant == "labels":
             raise UsageError("`grant=labels` tells the attacker how many images there are: leave out `believe`")

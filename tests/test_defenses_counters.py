@@ -160,9 +160,13 @@ def test_a_random_direction_separates_the_copies_of_oasis() -> None:
     assert found["random"] >= 5
 
 
-def test_two_likelihoods_cannot_be_countered_together() -> None:
+def test_the_likelihood_is_that_of_the_last_step_that_changes_the_update() -> None:
+    last = parse("topk()+sign()").counter().misfit
+    assert getattr(last, "__self__", None) == parse("sign()").steps[0]
+    assert parse("sign()+dropout()").counter().misfit is not None
+    assert parse("topk()+gauss()").counter().misfit is None  # noise leaves no entry at zero
     with pytest.raises(UsageError, match="`believe=defense=none`"):
-        parse("topk()+qsgd()").counter()
+        parse("soteria()+soteria()").counter()
 
 
 # --- commands ---
@@ -179,6 +183,9 @@ def test_no_verdict_counts_unless_its_control_succeeded() -> None:
     assert frontier.verdict(summary(1.0), [summary(0.2), summary(0.0)]) == "weak"
     assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0, 0.001)]) == "weak"
     assert frontier.verdict(summary(1.0), [summary(0.0), summary(0.0)]) == "holds"
+    null = {"recovered": 0.15}
+    assert frontier.verdict(summary(1.0), [summary(0.2, null=null)]) == "holds"
+    assert frontier.verdict(summary(0.5, null={"recovered": 0.5}), [summary(0.5)]) == "control failed"
     assert frontier.verdict(summary(1.0), [{"refused": "why"}, {"refused": "why"}]) == "does not apply"
 
 

@@ -1,17 +1,20 @@
 """Attacks x defences x strengths: what leaks to an attacker who does and does not know the defence, at what accuracy.
 
 Every cell is an ordinary run of main_fed.py in which each of a few clients takes one local step on its own images and
-is attacked once. The static attacker believes that there is no defence; the adaptive one knows it. A cell counts only
-if the same attack on the same victims without a defence, its control, recovers at least half of the images. Accuracy
-comes from a federation that trains for some rounds under the defence. Runs that have finished are not repeated.
+is attacked once. The static attacker believes that there is no defence; the adaptive one knows it. `identify` names
+the victim among candidates, which is what differential privacy bounds. A cell counts only if the same attack on the
+same victims without a defence, its control, recovers at least half of the images. Accuracy comes from a federation that
+trains for some rounds under the defence. Runs that have finished are not repeated.
 
-Verdicts, by the share of images recovered (the worse of both attackers) over that of the control: broken (at least
-half), weak (at least a tenth, or more victims identified than by chance), holds (less). Thresholds are fixed here.
+Verdicts, by the share of images recovered (the worse of both attackers) over that of the control, each minus the share
+that other images of the same labels would be: broken (at least half), weak (at least a tenth, or more victims are
+identified than by chance), holds (less). Thresholds are fixed here.
 """
 
 import contextlib
 import csv
 import io
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,11 +24,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from attacks.base import ATTACKS
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
 from core.paths import ROOT
+from core.protocol import Batch, Observation
+from core.rng import stream
+from evaluation.guarantees import guarantee, identified_bound
+from evaluation.intervals import chance_p_value, share_interval
+from evaluation.likelihood import Identification
 from evaluation.verdict import identifies
+from federated.client import train
 from report import style
 from report.tables import number, table
 from runner import cli
@@ -33,6 +44,7 @@ from runner.experiment import Experiment
 from runner.flags import Fed
 from runner.run import execute
 from runner.sources import federated_source
+from utils.files import digest, write_json
 
 CONTROL, BROKEN, WEAK = 0.5, 0.5, 0.1  # shares of images recovered: of the control; of a cell, relative to its control
 DEFENSES: dict[str, tuple[str, ...]] = {
@@ -52,7 +64,9 @@ CELLS: dict[str, tuple[int, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "rtf": (8, ("--model", "lenet"), {"oasis": ("--direction", "random")}),
     "cpa": (4, ("--model", "fc2"), {}),
     "lti": (1, ("--model", "lenet"), {}),
+    "identify": (1, ("--model", "lenet"), {}),  # evaluation/likelihood.py: no reconstruction
 }
+CANDIDATES, UPDATES = 100, 60  # of identify: candidates, and updates in a cell
 QUICK: dict[str, tuple[str, ...]] = {
     "dlg": ("--iterations", "80", "--restarts", "1"),
     "ig_single": (
@@ -125,11 +139,49 @@ def cells(flags: Flags) -> list[Cell]:
 def run_cell(words: Sequence[str]) -> dict[str, Any]:
     """The summary of `python main_fed.py WORDS`, or {"refused": why} where the attack does not apply."""
     try:
+        if words[0] == "identify":
+            return identify(words)
         (command,) = cli.parse(list(words), Fed, ATTACKS, "frontier")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return execute(Experiment("fed", command, federated_source))
     except UsageError as error:
         return {"refused": str(error)}
+
+
+def identify(words: Sequence[str]) -> dict[str, Any]:
+    """The share of updates whose sender's image an attacker with CANDIDATES candidates names, as success_rate."""
+    (command,) = cli.parse(["baseline", *words[1:]], Fed, ATTACKS, "frontier")
+    experiment = Experiment("fed", command, federated_source)
+    path = command.flags.out / "identify" / f"{digest(experiment.key())}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    experiment.pretrain(lambda step, total, loss: None)
+    private, model, recipe = experiment.dataset.private, experiment.model, experiment.source.recipe
+    chosen = torch.randperm(len(private), generator=stream(experiment.seed, "candidates"))[:CANDIDATES]
+    pool = private.take(chosen)
+    known, found = experiment.beliefs.about(recipe), None
+    ranks = []
+    for trial in range(UPDATES):
+        victim, rng = trial % len(pool.labels), stream(experiment.seed, "identify", trial)
+        truth = Batch(pool.examples[victim : victim + 1], pool.labels[victim : victim + 1])
+        update, _ = train(model, truth, experiment.task, recipe, rng)
+        found = found or Identification(Observation(experiment.task, known, model, update), pool)
+        ranks.append(found.rank(update, victim))
+    hits = [rank == 1 for rank in ranks]
+    share: dict[str, Any] = {**share_interval(hits, list(range(UPDATES))), "candidates": len(pool.labels)}
+    share["p_value"] = chance_p_value(hits, list(range(UPDATES)), 1 / len(pool.labels))
+    summary = {
+        "attack": "identify",
+        "success_rate": share["share"],
+        "psnr": None,
+        "identified": share | {"by_class": True},
+    }
+    proven = guarantee(recipe, "delta")
+    if proven is not None:
+        summary |= {"guarantee": proven, **identified_bound(proven, share)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, summary)
+    return summary
 
 
 def run_all(found: Sequence[Cell], jobs: int) -> list[dict[str, Any]]:
@@ -162,6 +214,7 @@ def lines_of(found: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]) -> l
         for label, summary in (("control", control), ("static", static), ("adaptive", adaptive)):
             line[f"{label}_psnr"] = summary["psnr"]["mean"] if summary.get("psnr") else None
             line[f"{label}_recovered"] = summary.get("success_rate")
+            line[f"{label}_excess"] = None if "refused" in summary else excess(summary)
         line["verdict"] = verdict(control, (static, adaptive))
         known = static.get("guarantee") or {}
         line["epsilon"], line["bound"] = known.get("epsilon"), static.get("identified_bound")
@@ -170,15 +223,21 @@ def lines_of(found: Sequence[Cell], summaries: Sequence[Mapping[str, Any]]) -> l
     return lines
 
 
+def excess(summary: Mapping[str, Any]) -> float:
+    """The share of images recovered minus the share that other images of the same labels would be (the null)."""
+    null = summary.get("null")
+    return max(0.0, float(summary["success_rate"]) - (null["recovered"] if null else 0.0))
+
+
 def verdict(control: Mapping[str, Any], attacked: Iterable[Mapping[str, Any]]) -> str:
     """broken, weak or holds, by the better of the attackers; or why the cell says nothing."""
     attacked = list(attacked)
     if "refused" in control or all("refused" in summary for summary in attacked):
         return "does not apply"
-    if control["success_rate"] < CONTROL:
+    if control["success_rate"] < CONTROL or not excess(control):
         return "control failed"
     ran = [summary for summary in attacked if "refused" not in summary]
-    share = max(summary["success_rate"] for summary in ran) / control["success_rate"]
+    share = max(map(excess, ran)) / excess(control)
     if share >= BROKEN:
         return "broken"
     return "weak" if share >= WEAK or any(identifies(summary) for summary in ran) else "holds"
@@ -190,7 +249,9 @@ def leakage(lines: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, float, f
     for line in lines:
         if line["verdict"] in ("does not apply", "control failed") or line["accuracy"] is None:
             continue
-        shares = [line[key] for key in ("static_recovered", "adaptive_recovered") if line[key] is not None]
+        if line["attack"] == "identify":  # a share of updates identified is no share of images recovered
+            continue
+        shares = [line[key] for key in ("static_excess", "adaptive_excess") if line[key] is not None]
         worst = max(max(shares), points.get(line["strength"], ("", 0.0, 0.0))[2])
         points[line["strength"]] = (line["defense"], line["accuracy"], worst)
     return points
@@ -214,16 +275,15 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
             own = [(accuracy, share) for other, accuracy, share in points.values() if other == name]
             color, marker = style.COLORS[k % len(style.COLORS)], style.MARKERS[k % len(style.MARKERS)]
             ax.plot(*zip(*own, strict=True), color=color, marker=marker, label=name)
-            ax.annotate(
-                "strongest", own[-1], xytext=(4, 4), textcoords="offset points", fontsize=style.SMALL - 1, color=color
-            )
+            for size, point in enumerate(own):
+                ax.plot(*point, color=color, marker=marker, markersize=5 + 3 * size, alpha=0.8)
         if points:
             ring = sorted((points[name][1], points[name][2]) for name in front)
             ax.plot(
                 *zip(*ring, strict=True),
                 linestyle="none",
                 marker="o",
-                markersize=13,
+                markersize=17,
                 markerfacecolor="none",
                 markeredgecolor="#000000",
                 label="Pareto front",
@@ -231,11 +291,11 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
         if control is not None:
             ax.plot(*control, linestyle="none", marker="*", markersize=14, color="#7F7F7F", label="no defence")
         ax.set_xlabel("accuracy of the trained model on held-out images (further right is better)")
-        ax.set_ylabel("share of images recovered by the best attack\n(PSNR >= 20 dB; lower is better)")
+        ax.set_ylabel("share of images recovered, above the null\n(best attack, PSNR >= 20 dB; lower is better)")
         right = max([accuracy for _, accuracy, _ in points.values()] + [control[0] if control else 0.0])
         ax.set_xlim(0, 1.15 * right or 1.0)
         ax.set_ylim(-0.05, 1.08)
-        ax.set_title("What each defence costs and prevents; lines go from weak to strong")
+        ax.set_title("What each defence costs and prevents; the larger a marker, the stronger the defence")
         figure.legend(loc="outside right center")
         style.save(figure, path)
 
@@ -268,18 +328,20 @@ def main(flags: Flags) -> None:
     text = table(header, cells_of)
     (flags.out / "table.md").write_text(text + "\n", encoding="utf-8")
     plain = [s for c, s in zip(found, summaries, strict=True) if c.name == "none"]
-    shares = [s["success_rate"] for s in plain if s.get("attack") != "baseline" and "refused" not in s]
+    shares = [excess(s) for s in plain if s.get("attack") not in ("baseline", "identify") and "refused" not in s]
     trained = next((s.get("accuracy") for s in plain if s.get("attack") == "baseline"), None)
     control = (trained, max(shares)) if shares and trained is not None else None
     draw(flags.out / "frontier.png", leakage(lines), control)
     print(text)
-    print("PSNR in dB (share recovered) of the control, the static and the adaptive attacker")
+    print("PSNR in dB (share recovered; for identify: identified) of the control, the static and the adaptive attacker")
     print(f"{flags.out}: table.md, frontier.csv, frontier.png")
 
 
 def _shown(line: Mapping[str, Any], label: str) -> str:
     psnr, share = line[f"{label}_psnr"], line[f"{label}_recovered"]
-    return "-" if psnr is None else f"{psnr:.1f} ({share:.2f})"
+    if share is None:
+        return "-"
+    return f"({share:.2f})" if psnr is None else f"{psnr:.1f} ({share:.2f})"
 
 
 if __name__ == "__main__":
