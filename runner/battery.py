@@ -190,7 +190,7 @@ class Battery:
             if time.monotonic() > deadline:
                 raise _OutOfTime(f"stopped at iteration {iteration} of {total}, when its time was over")
 
-        with tracking(Tracker(on_progress)), contextlib.redirect_stderr(sys.stderr):
+        with tracking(Tracker(on_progress)):
             found = attack.reconstruct(job.observation, stream(self.flags.seed, seed, job.index))
         return detached(attack, found, self.subject.task)
 
