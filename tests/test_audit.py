@@ -106,6 +106,20 @@ def test_the_time_limit_shortens_an_attack_and_then_leaves_it_out(monkeypatch: p
     assert battery.run(shorter, jobs, 1e5).status == "ran"
 
 
+def test_an_attack_that_breaks_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = Audit(model="fc2", kind="gradient", trials=1, image_size=16, device="cpu", attacks=("analytic", "spear"))
+    battery = Battery(flags, subject_of(flags))
+
+    def broken(self: Any, observation: Any, rng: Any) -> Any:
+        raise torch.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr(ATTACKS["spear"], "reconstruct", broken)
+    found = {outcome.attack.name: outcome for outcome in battery.all()}
+    assert (found["spear"].status, found["spear"].rows) == ("failed", [])
+    assert "singular" in found["spear"].reason
+    assert found["analytic"].status == "ran"
+
+
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first update of a run of main_grad.py, as files, and the images behind it."""
