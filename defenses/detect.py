@@ -23,7 +23,7 @@ from core.hyperparameters import help_of, hp, hyperparameters
 from core.protocol import Task, image_task
 from core.rng import stream
 from models import external
-from models.inspection import differentiable_attention, pixel_layer
+from models.inspection import eval_mode, pixel_layer
 from models.validation import validate
 from utils.flags import FlagError, Parser, add_flags, as_flags, given
 
@@ -60,14 +60,8 @@ def detect(model: nn.Module, task: Task, examples: Tensor | None = None) -> list
     """
     examples = synthetic_images(task, PROBES) if examples is None else examples
     inputs = task.domain.to_model(examples.to(next(model.parameters())))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with differentiable_attention():
-            return [sign for check in CHECKS for sign in check(model, task, inputs)]
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(model):
+        return [sign for check in CHECKS for sign in check(model, task, inputs)]
 
 
 def synthetic_images(task: Task, count: int) -> Tensor:

@@ -26,7 +26,7 @@ from core.protocol import LOSSES, Batch, Kind, Recipe, Task
 from core.rng import stream
 from evaluation.applicability import Applicability, applicability
 from models import external
-from models.inspection import differentiable_attention, pixel_layer
+from models.inspection import differentiable_attention, eval_mode, pixel_layer
 from models.validation import Validation, probe_inputs, validate
 from utils.flags import FlagError, Parser, add_flags, as_flags, given
 
@@ -162,17 +162,13 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _run_with_hooks(model: nn.Module, inputs: Tensor, hooks: dict[str, Any], grad: bool = False) -> Tensor:
     """The model's outputs in eval mode, with forward hooks by module name; modes and hooks are restored."""
-    modes = {module: module.training for module in model.modules()}
     handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     try:
-        model.eval()
-        with torch.set_grad_enabled(grad), differentiable_attention():
+        with eval_mode(model), torch.set_grad_enabled(grad), differentiable_attention():
             return model(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def analytic_leaks(

@@ -44,6 +44,7 @@ class Flags:
 
     epochs: int = hp(4, "epochs of training on public images before a network counts as trained", ge=0)
     images: int = hp(256, "number of public images for this training", ge=1)
+    largest: int = hp(100, "most parameters of torchvision's classifiers, in millions", ge=1)
     torchvision: bool = hp(False, "torchvision's classifiers as well, new ones, at 64x64")
     dataset: str = hp("photos", "data set: {datasets}")
     base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets")
@@ -58,13 +59,16 @@ def honest(flags: Flags, task: Task, public: Batch) -> Iterator[tuple[str, nn.Mo
         pretrain(trained, public, task, flags.epochs, stream(0, "pre"))
         yield f"{name}, trained", trained, task
     if flags.torchvision:
-        import torchvision.models as classifiers
-        from torchvision.models import list_models
+        import torchvision
 
         large = data.load(flags.dataset, base_datadir=flags.base_datadir, image_size=64).task
-        for name in list_models(module=classifiers):
+        for name in torchvision.models.list_models(module=torchvision.models):
             try:
-                yield f"torchvision:{name}", external.load(f"torchvision:{name}", (3, 64, 64), 8), large
+                net = external.load(f"torchvision:{name}", (3, 64, 64), 8)
+                if sum(p.numel() for p in net.parameters()) > flags.largest * 1e6:
+                    print(f"left out: {name} has more than {flags.largest} million parameters")
+                    continue
+                yield f"torchvision:{name}", net, large
             except UsageError as error:
                 print(f"left out: {error}")
 
@@ -99,8 +103,7 @@ def run(flags: Flags) -> None:
             count += 1
             flagged += bool(signs)
             kinds = ", ".join(sorted({sign.kind for sign in signs}))
-            if bool(signs) == (title == "false alarms"):
-                print(f"{name}: {kinds or 'not found'}", flush=True)
+            print(f"{title}, {name}: {kinds or 'no sign'}", flush=True)
         print(f"{title}: {flagged} of {count}", flush=True)
 
 

@@ -4,8 +4,8 @@ An attack names its requirements in `Attack.requires`. Refusals, the table in th
 attacks apply to my model" all follow from the entries of `REQUIREMENTS`.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,18 @@ def differentiable_attention() -> AbstractContextManager[None]:
     It matters for the forward pass alone: the backward passes follow the operations that were recorded there.
     """
     return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in eval mode; the mode of each of its modules is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def pixel_layer(model: nn.Module, task: Task) -> nn.Linear | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.errors import UsageError
 from core.protocol import LOSSES, Task
 from core.references import describe, is_reference
-from models.inspection import REQUIREMENTS, differentiable_attention, head_gradient
+from models.inspection import REQUIREMENTS, differentiable_attention, eval_mode, head_gradient
 
 Affects = Literal["labels", "soft labels", "loss", "gradients", "everything", "nothing"]
 
@@ -92,7 +92,7 @@ def prepare(model: nn.Module, examples: Tensor, findings: list[Finding] | None =
             Finding(f"{len(places)} hard sigmoids are computed by their formula, which has two derivatives")
         )
     before = examples.clone()
-    with torch.no_grad(), _eval(model):
+    with torch.no_grad(), eval_mode(model):
         try:
             model(examples)
         except Exception as error:  # a user's module may raise anything
@@ -114,21 +114,6 @@ class Hardsigmoid(nn.Module):
 def copy_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """A forward pre-hook that hands a module copies of its input tensors."""
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
-
-
-class _eval:
-    """A context in which a model is in eval mode; every module's own mode is restored afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = {module: module.training for module in model.modules()}
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training
 
 
 def _weights(model: nn.Module) -> Iterable[Finding]:
@@ -161,7 +146,7 @@ def _weights(model: nn.Module) -> Iterable[Finding]:
 
 
 def _forward(model: nn.Module, examples: Tensor, task: Task) -> Tensor:
-    with torch.no_grad(), _eval(model):
+    with torch.no_grad(), eval_mode(model):
         try:
             return model(examples)
         except Exception as error:  # a user's module may raise anything
@@ -189,7 +174,7 @@ def _check_logits(logits: object, count: int, task: Task) -> None:
 
 
 def _behaviour(model: nn.Module, examples: Tensor, logits: Tensor) -> Iterable[Finding]:
-    with torch.no_grad(), _eval(model):
+    with torch.no_grad(), eval_mode(model):
         again, both = model(examples[:1]), model(examples)
     if not torch.equal(again, logits):
         yield Finding("outputs in eval mode differ from call to call, so simulated updates are random", "gradients")
@@ -214,7 +199,7 @@ def _gradients(
     """Names of parameters without gradient, and the gradients of one example of class 0 by name."""
     label = torch.zeros(1, dtype=torch.int64, device=examples.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _eval(model):
+    with eval_mode(model):
         try:
             with torch.enable_grad(), differentiable_attention():
                 value = LOSSES.find(loss)(model(examples), label)
@@ -268,7 +253,7 @@ def _head(
         return lambda module, inputs, output: outputs.update({name: output})
 
     hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    with torch.no_grad(), _eval(model):
+    with torch.no_grad(), eval_mode(model):
         logits = model(examples)
     for hook in hooks:
         hook.remove()
@@ -311,7 +296,7 @@ def _register_last(model: nn.Module, head: str, examples: Tensor, logits: Tensor
         parent._modules[name] = parent._modules.pop(name)
         parent = parent.get_submodule(name)
     try:
-        with torch.no_grad(), _eval(model):
+        with torch.no_grad(), eval_mode(model):
             same = torch.equal(model(examples), logits)
     except Exception:  # a user's module may raise anything when its layers run in another order
         same = False

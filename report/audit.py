@@ -129,7 +129,7 @@ def _scope(r: Result) -> Iterator[str]:
     rows.append(("recipe", ", ".join(f"{key} {value}" for key, value in recipe.items())))
     rows.append(("strongest server assumed", threat["server"]))
     rows.append(("the attacker knows", ", ".join(threat["knows"])))
-    rows.append(("granted to the attacker", ", ".join(threat["granted"]) or "nothing"))
+    rows.append(("granted to the attacker", f"**{', '.join(threat['granted'])}**" if threat["granted"] else "nothing"))
     rows.append(("wrong beliefs of the attacker", ", ".join(threat["beliefs"]) or "none"))
     yield from _table(("", ""), rows)
 

@@ -5,6 +5,7 @@ what is proven, and the weakest setting that would pass. The exit code is 1 if m
 allows.
 """
 
+import argparse
 import dataclasses
 import platform
 import shlex
@@ -45,6 +46,9 @@ def main() -> None:
     with cli.user_errors():
         parser = Parser(prog="main_audit.py", description="Every attack that applies, within a time limit.")
         add_flags(parser, Audit, lambda cls, field: cli.choices(help_of(cls, field)), switches_only=True)
+        for action in parser._actions:
+            if action.dest in NOT_HERE:
+                action.help = argparse.SUPPRESS
         try:
             flags = Audit(**given(Audit, parser.parse(sys.argv[1:])))
         except FlagError as error:
@@ -67,16 +71,17 @@ def audit(flags: Any, words: list[str] | None = None) -> tuple[dict[str, Any], P
         ATTACKS.find(name)
     subject = subject_of(flags)
     torch.set_num_threads(flags.threads or 1)  # a second one costs more than it brings where cores are shared
+    code = source_digest(ROOT, SOURCE_DIRS)
+    folder = flags.out / "audit" / digest({"flags": dataclasses.asdict(flags), "code": code})
+    folder.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be written costs no time
     battery = Battery(flags, subject)
     outcomes = battery.all()
-    result = conclude(battery, outcomes, words or [])
-    folder = flags.out / "audit" / digest({"flags": dataclasses.asdict(flags), "code": result["scope"]["code"]})
-    folder.mkdir(parents=True, exist_ok=True)
+    result = conclude(battery, outcomes, words or [], code)
     _write(folder, battery, outcomes, result)
     return result, folder
 
 
-def conclude(battery: Battery, outcomes: list[Outcome], words: list[str]) -> dict[str, Any]:
+def conclude(battery: Battery, outcomes: list[Outcome], words: list[str], code: str) -> dict[str, Any]:
     """Everything that audit.json holds."""
     subject, flags = battery.subject, battery.flags
     scored = subject.context is not None
@@ -103,7 +108,7 @@ def conclude(battery: Battery, outcomes: list[Outcome], words: list[str]) -> dic
             "updates": flags.trials if flags.update is None else 1,
             "seed": flags.seed,
             "commit": commit(),
-            "code": source_digest(ROOT, SOURCE_DIRS),
+            "code": code,
             "torch": torch.__version__,
             "hardware": f"{platform.machine()}, {cores()} cores, {subject.device.type}",
             "date": time.strftime("%Y-%m-%d"),

@@ -18,6 +18,7 @@ from attacks.matching.matcher import GradientMatcher
 from attacks.optim.tracker import Tracker, tracking
 from core.errors import UsageError
 from core.protocol import Observation, Reconstruction
+from core.references import describe
 from core.rng import stream
 from evaluation.applicability import refusal
 from evaluation.evaluator import score_trial
@@ -63,7 +64,7 @@ class Outcome:
     """What one attack did."""
 
     attack: Attack
-    status: Literal["ran", "refused", "left out", "out of time"]
+    status: Literal["ran", "refused", "left out", "out of time", "failed"]
     reason: str = ""
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -159,6 +160,8 @@ class Battery:
                 outcome.status, outcome.reason = "out of time", str(stop)
         except UsageError as error:
             outcome.status, outcome.reason = "refused", str(error)
+        except (RuntimeError, ValueError, LookupError) as error:  # one attack that breaks must not cost the others
+            outcome.status, outcome.reason = "failed", describe(error)
         outcome.seconds = time.monotonic() - start
         return outcome
 
@@ -190,7 +193,7 @@ class Battery:
             if time.monotonic() > deadline:
                 raise _OutOfTime(f"stopped at iteration {iteration} of {total}, when its time was over")
 
-        with tracking(Tracker(on_progress)), contextlib.redirect_stderr(sys.stderr):
+        with tracking(Tracker(on_progress)):
             found = attack.reconstruct(job.observation, stream(self.flags.seed, seed, job.index))
         return detached(attack, found, self.subject.task)
 

@@ -216,7 +216,7 @@ def test_the_expected_analytic_leak_is_the_measured_one() -> None:
     public = dataset.public.take(torch.arange(256))
     (leak,) = inspect_model(model, task, Recipe(n), "gradient", n, public).leaks
     recovered = []
-    for indices in torch.randperm(len(dataset.private), generator=torch.Generator().manual_seed(1))[: 16 * n].split(n):
+    for indices in torch.randperm(len(dataset.private), generator=torch.Generator().manual_seed(1))[: 10 * n].split(n):
         batch = dataset.private.take(indices)
         update = gradient(model, batch, task, Recipe(n), torch.Generator())
         found = ATTACKS["analytic"]().reconstruct(Observation(task, Recipe(n), model, update), torch.Generator())
