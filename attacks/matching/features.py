@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.matching.distances import add_balanced
-from attacks.matching.layer_inputs import determined_inputs, input_subspaces
+from attacks.matching.layer_inputs import LayerInput, determined_inputs, input_subspaces
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
@@ -67,6 +67,18 @@ class FeatureInversion(SignedInversion):
         0.1, "weight of the distance of batch statistics that returned BatchNorm buffers reveal after one step", ge=0
     )
 
+    def runs(self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator) -> list[Run]:
+        """All runs on the update that `make(observation)` matches.
+
+        Where the known inputs have fewer entries than the example, their inversion may mislead: more runs then use the
+        cosine distance alone, and the lowest objective decides.
+        """
+        objective = self.objective(observation, labels, make, rng)
+        runs = self.descend(objective, labels, rng)
+        if isinstance(objective, KnownInputs) and objective.first_guess is not None and not objective.overdetermined:
+            runs += self.descend(MatchingObjective(make(observation)), labels, rng)
+        return runs
+
     def objective(
         self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator
     ) -> MatchingObjective:
@@ -105,6 +117,13 @@ class KnownInputs(MatchingObjective):
         for name in {entry.layer for _, group in groups for entry in group}:
             model.get_submodule(name).register_forward_pre_hook(_capture_in(self.captured, name))
         super().__init__(make(dataclasses.replace(observation, model=model)))
+
+    @property
+    def overdetermined(self) -> bool:
+        """Whether some layer's input has at least as many entries that are not zero as an example has."""
+        size = math.prod(self.matcher.task.domain.shape)
+        inputs = [entry for _, group in self.groups for entry in group if isinstance(entry, LayerInput)]
+        return any(int((x.direction > 1e-4 * x.direction.max()).sum()) >= size for x in inputs)
 
     def distance(self, examples: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
         of_updates = super().distance(examples, labels, *extra)
