@@ -38,10 +38,12 @@ def labels_from_bias(mean_gradient: tuple[Tensor, ...], observation: Observation
     counts = bias_counts(mean_gradient, observation)
     single = observation.update.kind == "gradient" or observation.recipe.steps(len(counts)) == 1
     exact = single and observation.recipe.optimizer == "sgd" and observation.recipe.defense == "none"
+    exact = exact and observation.recipe.loss == "cross_entropy"
     head = head_layer(observation.model)
     if not exact or len(counts) > LARGEST or not isinstance(head, nn.Linear):
         return counts
     weight, _ = head_gradient(mean_gradient, observation.task.num_classes)
     own = head.weight.detach(), head.bias.detach()
-    proven = proven_labels(weight, bias, *own, public_head_inputs(observation), counts)
+    features = public_head_inputs(observation)
+    proven = proven_labels(weight, bias, *own, features, counts) if features.ndim == 2 else None
     return counts if proven is None else proven

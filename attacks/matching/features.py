@@ -89,9 +89,10 @@ class FeatureInversion(SignedInversion):
         if self.statistics_weight and statistics and statistics[0].steps == 1:
             groups.append((self.statistics_weight, statistics))
         inputs: Sequence[Known] = []
-        if self.feature_weight and not matcher.unrolled:
-            domain = observation.task.domain
-            probes = domain.to_model(_smooth_examples(domain.shape).to(matcher.target[0]))
+        domain = observation.task.domain
+        finite = all(t.isfinite().all() for t in matcher.mean_gradient)
+        if self.feature_weight and not matcher.unrolled and domain.name == "image" and finite:
+            probes = domain.to_model(_smooth_images(domain.shape).to(matcher.target[0]))
             known = model, matcher.mean_gradient, probes, int(labels[0])
             inputs = determined_inputs(*known) if len(labels) == 1 else []
             groups.append((self.feature_weight, inputs or input_subspaces(*known, len(labels))))
@@ -197,10 +198,7 @@ def _capture_in(captured: dict[str, Tensor], name: str) -> Callable[[nn.Module, 
     return capture
 
 
-def _smooth_examples(shape: tuple[int, ...]) -> Tensor:
-    """Random examples (PROBES, *shape); images are smooth."""
-    rng = torch.Generator().manual_seed(0)
-    if len(shape) != 3:
-        return torch.rand(PROBES, *shape, generator=rng)
-    coarse = torch.rand(PROBES, shape[0], 4, 4, generator=rng)
+def _smooth_images(shape: tuple[int, ...]) -> Tensor:
+    """Smooth random images (PROBES, C, H, W)."""
+    coarse = torch.rand(PROBES, shape[0], 4, 4, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, size=shape[1:], mode="bilinear")
