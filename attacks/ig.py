@@ -36,8 +36,7 @@ class CosineInversion(FeatureInversion):
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         labels = infer_labels(self.matcher(observation).mean_gradient, observation, rng)
-        objective = self.objective(observation, labels, self.matcher, rng)
-        return to_reconstruction(self.descend(objective, labels, rng))
+        return to_reconstruction(self.runs(observation, labels, self.matcher, rng))
 
 
 @register("ig_single")

@@ -85,14 +85,13 @@ class SME(FeatureInversion):
 
         matcher = make(observation)
         labels = infer_labels(matcher.mean_gradient, observation, rng)
-        if several:
-            corrections = range(self.iterations // 10, self.iterations, self.correction_interval or self.iterations)
-            delta = update.ordered(observation.model)
-            objective: MatchingObjective = Surrogate(
-                matcher, delta, self.alpha, self.alpha_lr, corrections if self.correction_interval else range(0)
-            )
-        else:
-            objective = self.objective(observation, labels, make, rng)
+        if not several:
+            return to_reconstruction(self.runs(observation, labels, make, rng))
+        corrections = range(self.iterations // 10, self.iterations, self.correction_interval or self.iterations)
+        delta = update.ordered(observation.model)
+        objective = Surrogate(
+            matcher, delta, self.alpha, self.alpha_lr, corrections if self.correction_interval else range(0)
+        )
         return to_reconstruction(self.descend(objective, labels, rng))
 
 

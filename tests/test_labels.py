@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attacks.labels import counts
+from attacks.labels.head import proven_labels
 from attacks.labels.inference import infer_labels
 from attacks.labels.registry import RULES
 from attacks.labels.rules import round_counts
@@ -18,12 +19,20 @@ from tests.test_attacks import smooth_pictures
 
 
 def observe(
-    classes: int, labels: torch.Tensor, recipe: Recipe | None, activation: str, seed: int, as_gradient: bool = False
+    classes: int,
+    labels: torch.Tensor,
+    recipe: Recipe | None,
+    activation: str,
+    seed: int,
+    as_gradient: bool = False,
+    head_scale: float = 1,
 ) -> Observation:
     """The update of a client with these labels; a gradient if there is no recipe, or if asked for."""
     task = image_task((3, 12, 12), classes)
     rng = torch.Generator().manual_seed(seed)
     net = build("cnn", task.domain.shape, classes, activation=activation, rng=rng)
+    with torch.no_grad():
+        net.head.weight.mul_(head_scale)
     truth = Batch(smooth_pictures(len(labels), 12, seed), labels)
     public = Batch(smooth_pictures(64, 12, seed + 1000), torch.zeros(64, dtype=torch.int64))
     if recipe is None or as_gradient:
@@ -121,6 +130,22 @@ def test_counts_do_not_depend_on_the_scale_of_a_clipped_gradient(recipe: Recipe 
         without.append(accuracy("bias counts", undefended, labels))
     assert statistics.fmean(hits) >= 0.95
     assert statistics.fmean(hits) > statistics.fmean(without)
+
+
+@pytest.mark.parametrize("head_scale", [1.0, 40.0])
+def test_labels_that_the_heads_gradient_proves_are_right(head_scale: float) -> None:
+    """From labels of which one is wrong; large weights of the head stand for a trained network."""
+    proven = []
+    for seed in range(3):
+        labels = torch.randint(8, (3,), generator=torch.Generator().manual_seed(seed)).sort().values
+        observation = observe(8, labels, None, "relu", seed, head_scale=head_scale)
+        gradients, head = observation.update.ordered(observation.model), observation.model.head
+        own = head.weight.detach(), head.bias.detach()
+        wrong = torch.cat([(labels[:1] + 1) % 8, labels[1:]])
+        found = proven_labels(*gradients[-2:], *own, counts.public_head_inputs(observation), wrong)
+        proven += [] if found is None else [found]
+        assert found is None or found.equal(labels)
+    assert len(proven) >= 2
 
 
 def test_counts_beyond_all_bounds_are_rounded() -> None:

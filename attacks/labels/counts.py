@@ -121,6 +121,12 @@ def _simulate_scale(labels: Tensor, seed: int, observation: Observation, respons
     return max(product / (weight * square), 1e-12) if square > 0 else 1.0
 
 
+def public_head_inputs(observation: Observation) -> Tensor:
+    """What the head receives for public or synthetic examples, (N, D)."""
+    responses = _Responses(observation, SYNTHETIC_EXAMPLES)
+    return responses.at(tuple(responses.meta.weights), 0.0)[1]
+
+
 class _Responses:
     """Logits and head inputs of public examples, at any model between the one broadcast and the one returned."""
 

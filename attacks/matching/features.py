@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.matching.layer_inputs import determined_inputs
+from attacks.matching.distances import add_balanced
+from attacks.matching.layer_inputs import LayerInput, determined_inputs, input_subspaces
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
 from attacks.matching.statistics import batch_statistics
 from attacks.optim.adam import Adam
-from attacks.optim.loop import Function, Phase, descend
+from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
 from attacks.optim.tracker import current_tracker
 from core.hyperparameters import hp, hyperparameters
 from core.protocol import Observation
@@ -66,28 +67,41 @@ class FeatureInversion(SignedInversion):
         0.1, "weight of the distance of batch statistics that returned BatchNorm buffers reveal after one step", ge=0
     )
 
+    def runs(self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator) -> list[Run]:
+        """All runs on the update that `make(observation)` matches.
+
+        Where the known inputs have fewer entries than the example, their inversion may mislead: more runs then use the
+        cosine distance alone, and the lowest objective decides.
+        """
+        objective = self.objective(observation, labels, make, rng)
+        runs = self.descend(objective, labels, rng)
+        if isinstance(objective, KnownInputs) and objective.first_guess is not None and not objective.overdetermined:
+            runs += self.descend(MatchingObjective(make(observation)), labels, rng)
+        return runs
+
     def objective(
         self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator
     ) -> MatchingObjective:
         """The cosine distance of `make(observation)`, with what the update determines beyond it, if anything."""
         matcher, model = make(observation), observation.model
-        single = not matcher.unrolled and matcher.num_examples == 1
         statistics = batch_statistics(model, observation.update.buffers) if not matcher.unrolled else []
         groups: list[tuple[float, Sequence[Known]]] = []
         if self.statistics_weight and statistics and statistics[0].steps == 1:
             groups.append((self.statistics_weight, statistics))
-        inputs = []
-        if self.feature_weight and single:
-            domain = observation.task.domain
-            probes = domain.to_model(_smooth_examples(domain.shape).to(matcher.target[0]))
-            inputs = determined_inputs(model, matcher.mean_gradient, probes, int(labels[0]))
-        if inputs:
-            groups.append((self.feature_weight, inputs))
+        inputs: Sequence[Known] = []
+        domain = observation.task.domain
+        finite = all(t.isfinite().all() for t in matcher.mean_gradient)
+        if self.feature_weight and not matcher.unrolled and domain.name == "image" and finite:
+            probes = domain.to_model(_smooth_images(domain.shape).to(matcher.target[0]))
+            known = model, matcher.mean_gradient, probes, int(labels[0])
+            inputs = determined_inputs(*known) if len(labels) == 1 else []
+            groups.append((self.feature_weight, inputs or input_subspaces(*known, len(labels))))
+        groups = [(weight, group) for weight, group in groups if group]
         if not groups:
             return MatchingObjective(matcher)
         objective = KnownInputs(observation, groups, make)
         if inputs and self.feature_iterations:
-            invert = partial(objective.invert, labels, self.feature_iterations, rng)
+            invert = partial(objective.invert, labels, self.feature_iterations, self.tv, rng)
             objective.first_guess = current_tracker().run_segment(Run, rng, invert)
         return objective
 
@@ -105,6 +119,13 @@ class KnownInputs(MatchingObjective):
             model.get_submodule(name).register_forward_pre_hook(_capture_in(self.captured, name))
         super().__init__(make(dataclasses.replace(observation, model=model)))
 
+    @property
+    def overdetermined(self) -> bool:
+        """Whether some layer's input has at least as many entries that are not zero as an example has."""
+        size = math.prod(self.matcher.task.domain.shape)
+        inputs = [entry for _, group in self.groups for entry in group if isinstance(entry, LayerInput)]
+        return any(int((x.direction > 1e-4 * x.direction.max()).sum()) >= size for x in inputs)
+
     def distance(self, examples: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
         of_updates = super().distance(examples, labels, *extra)
         return of_updates + self.distance_of_inputs()
@@ -118,10 +139,11 @@ class KnownInputs(MatchingObjective):
         self.captured.clear()
         return torch.stack(found).sum()
 
-    def invert(self, labels: Tensor, iterations: int, rng: torch.Generator) -> Run:
+    def invert(self, labels: Tensor, iterations: int, tv: float, rng: torch.Generator) -> Run:
         """The examples at the lowest distance of inputs that a descent from the middle of the domain finds.
 
-        The loss is the whole objective there, with labels (N,).
+        The loss is the whole objective there, with labels (N,). `tv` is the share of the regulariser's gradient in
+        the first step; it falls to zero.
         """
         exact = self.full_precision()
         domain, meta = self.matcher.task.domain, exact.matcher.meta
@@ -135,7 +157,8 @@ class KnownInputs(MatchingObjective):
 
         rates = [STEP * (1 + math.cos(math.pi * i / iterations)) / 2 for i in range(iterations)]
         phase = Phase(rates=lambda i: rates[i : i + 1], steps=iterations)
-        state = descend([x], Signed(distance), Adam([x]), [phase], rng, project=lambda: domain.project_(x))
+        prior = partial(add_prior, domain.regularizer, [tv * (1 - i / iterations) for i in range(iterations)])
+        state = descend([x], Signed(distance, prior), Adam([x]), [phase], rng, project=lambda: domain.project_(x))
         examples = domain.decode(state.best_variables[0])
         unknowns = [v.init.to(x) for v in self.variables]
         with torch.no_grad():
@@ -143,12 +166,27 @@ class KnownInputs(MatchingObjective):
         return Run(examples, labels, loss, tuple(state.trace), state.iterations, failed=False)
 
 
-class Signed(Function):
-    """An objective from a function of the variables, whose gradient counts by its sign."""
+class Signed(Objective):
+    """A function of the examples alone, of whose gradient, with a regulariser's, the sign is used."""
 
-    def __call__(self, state: Any) -> Any:
-        found = super().__call__(state)
-        return dataclasses.replace(found, grads=tuple(None if g is None else g.sign() for g in found.grads))
+    def __init__(self, function: Callable[[Tensor], Tensor], prior: Callable[[int, Tensor, Tensor], Tensor]) -> None:
+        self.function, self.prior = function, prior
+
+    def __call__(self, state: State) -> Evaluation:
+        (x,) = state.variables
+        loss = self.function(x)
+        (grad,) = torch.autograd.grad(loss, x)
+        return Evaluation(loss.item(), (self.prior(state.iterations, x, grad).sign(),), loss.item())
+
+
+def add_prior(
+    regularizer: Callable[[Tensor], Tensor], shares: Sequence[float], iteration: int, x: Tensor, grad: Tensor
+) -> Tensor:
+    """`grad` (N, *shape) plus the regulariser's gradient at its share of this iteration."""
+    if not shares[iteration]:
+        return grad
+    (prior_grad,) = torch.autograd.grad(regularizer(x), x)
+    return add_balanced(grad, prior_grad, shares[iteration])
 
 
 def _capture_in(captured: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -160,10 +198,7 @@ def _capture_in(captured: dict[str, Tensor], name: str) -> Callable[[nn.Module, 
     return capture
 
 
-def _smooth_examples(shape: tuple[int, ...]) -> Tensor:
-    """Random examples (PROBES, *shape); images are smooth."""
-    rng = torch.Generator().manual_seed(0)
-    if len(shape) != 3:
-        return torch.rand(PROBES, *shape, generator=rng)
-    coarse = torch.rand(PROBES, shape[0], 4, 4, generator=rng)
+def _smooth_images(shape: tuple[int, ...]) -> Tensor:
+    """Smooth random images (PROBES, C, H, W)."""
+    coarse = torch.rand(PROBES, shape[0], 4, 4, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, size=shape[1:], mode="bilinear")

@@ -17,6 +17,7 @@ changes no row space. Noise, several examples and several local steps raise the 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,49 @@ class LayerInput:
         """Half the squared distance of the directions, 1 - cos, of inputs (1, *shape): ()."""
         known = features * self.mask
         return (known / known.norm().clamp(min=1e-12) - self.direction).square().sum() / 2
+
+
+@dataclass(frozen=True)
+class InputSubspace:
+    """The subspace that holds the input of a fully connected layer, or the patches of a convolution's input."""
+
+    layer: str
+    basis: Tensor  # (rank, entries), orthonormal rows
+    geometry: dict[str, Any] | None  # of a convolution's patches, for F.unfold
+    active: Tensor  # (positions,), which of them have a gradient
+
+    def distance(self, features: Tensor) -> Tensor:
+        """The share of the squared norm of inputs (N, *shape) that lies outside the subspace: ()."""
+        if self.geometry is None:
+            rows = features.flatten(1)
+        else:
+            patches = F.unfold(features, **self.geometry)  # (N, entries, positions)
+            rows = patches[:, :, self.active].transpose(1, 2).flatten(0, 1)
+        outside = rows - (rows @ self.basis.T) @ self.basis
+        return outside.square().sum() / rows.square().sum().clamp(min=1e-12)
+
+
+def input_subspaces(
+    model: nn.Module, gradient: Sequence[Tensor], probes: Tensor, label: int, count: int
+) -> list[InputSubspace]:
+    """The subspaces in which the gradient of `count` examples shows layer inputs to lie; arguments as below.
+
+    A layer is left out if its gradient has another rank than one for each example and position.
+    """
+    gradients = {id(p): g for p, g in zip(model.parameters(), gradient, strict=True)}
+    found = []
+    for name, (_, active) in _positions(model, probes, label).items():
+        layer = model.get_submodule(name)
+        weight = gradients[id(layer.weight)].float().flatten(1)
+        geometry = None
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                continue
+            geometry = _geometry(layer)
+        basis = _row_space(weight, [count * (int(active.sum()) if geometry else 1)])
+        if basis is not None:
+            found.append(InputSubspace(name, basis, geometry, active))
+    return found
 
 
 def determined_inputs(model: nn.Module, gradient: Sequence[Tensor], probes: Tensor, label: int) -> list[LayerInput]:
@@ -105,17 +149,10 @@ def _convolution_input(layer: nn.Conv2d, weight: Tensor, shape: torch.Size, acti
     positions = int(active.sum())
     if layer.groups > 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    if not 0 < positions < len(weight):
+    basis = _row_space(weight.flatten(1), [positions, positions - 1])
+    if basis is None:
         return None
-    rows = weight.flatten(1).double()
-    squares, left = torch.linalg.eigh(rows @ rows.T)  # ascending
-    squares = squares.clamp(min=0)
-    ranks = [r for r in (positions, positions - 1) if r and squares[-r - 1] < RANK_GAP**2 * squares[-r]]
-    if not ranks:
-        return None
-    rank = ranks[0]
-    basis = (left[:, -rank:].T @ rows / squares[-rank:, None].sqrt()).to(weight)  # orthonormal rows
-    geometry = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    geometry = _geometry(layer)
 
     def patches(x: Tensor) -> Tensor:
         return F.unfold(x.view(1, *shape), **geometry)[0] * active
@@ -124,7 +161,7 @@ def _convolution_input(layer: nn.Conv2d, weight: Tensor, shape: torch.Size, acti
         return F.fold((p * active)[None], tuple(shape[1:]), **geometry).flatten()
 
     def project(p: Tensor) -> Tensor:
-        mean = p.sum(1, keepdim=True) / positions * (rank < positions)
+        mean = p.sum(1, keepdim=True) / positions * (len(basis) < positions)
         return mean + basis.T @ (basis @ (p - mean))
 
     held = sums(torch.ones_like(patches(weight.new_zeros(shape))))
@@ -135,6 +172,22 @@ def _convolution_input(layer: nn.Conv2d, weight: Tensor, shape: torch.Size, acti
     alone = held.max() > 1 and len(eigenvalues) > 1
     alone = alone and abs(1 - eigenvalues[-1]) < EIGENVALUE_GAP * (1 - eigenvalues[-2])
     return vector * scale if alone else None
+
+
+def _row_space(weight: Tensor, ranks: Sequence[int]) -> Tensor | None:
+    """An orthonormal basis (rank, entries) of the row space of a matrix; None if its rank is none of `ranks`."""
+    rows = weight.double()
+    squares, left = torch.linalg.eigh(rows @ rows.T)  # ascending
+    squares = squares.clamp(min=0)
+    for rank in ranks:
+        if 0 < rank < min(weight.shape) and squares[-rank - 1] < RANK_GAP**2 * squares[-rank]:
+            return (left[:, -rank:].T @ rows / squares[-rank:, None].sqrt()).to(weight)
+    return None
+
+
+def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
+    """The arguments of F.unfold for the layer's patches."""
+    return {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
 
 
 def _lanczos(operator: Operator, start: Tensor) -> tuple[Tensor, Tensor]:

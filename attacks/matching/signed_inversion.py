@@ -21,6 +21,7 @@ from core.hyperparameters import hp, hyperparameters
 from defenses.base import Variable
 
 SOLVED = 1e-4  # objective below which a first guess is the answer
+NEAR = 1e-2  # objective below which a first guess needs no large steps
 
 Own = TypeVar("Own", bound="MatchingObjective")
 
@@ -36,7 +37,7 @@ class MatchingObjective(Objective):
         self.matcher = matcher
         self.labels: Tensor | None = None  # of the examples; set by SignedInversion.descend
         self.gradients: Any = None  # likewise: how gradients of the examples become steps
-        self.first_guess: Run | None = None  # where the first run starts, without the phase of the largest steps
+        self.first_guess: Run | None = None  # where the first run starts
 
     @property
     def variables(self) -> tuple[Variable, ...]:
@@ -154,7 +155,7 @@ class SignedInversion(Attack):
                 should_stop=should_stop,
             )
             for stage, (begin, end) in enumerate(pairwise(bounds))
-        ][guess is not None :]  # a first guess needs no large steps
+        ][guess is not None and guess.loss < NEAR :]
         state = descend(
             variables, objective, Adam(variables), phases, rng, project=project, run=(number, self.restarts)
         )
