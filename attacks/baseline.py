@@ -18,7 +18,7 @@ class Baseline(Attack):
     citation = "no attack: the mean public image"
     threat = "honest-but-curious"
     requires = frozenset({"public"})
-    kinds = frozenset({"continuous", "discrete"})
+    kinds = frozenset({"continuous", "tabular", "discrete"})
     supports_adam = True
 
     def needs_workers(self) -> bool:

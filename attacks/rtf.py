@@ -32,6 +32,7 @@ class RobbingTheFed(FeatureInversionAttack):
     citation = "Fowl et al.: Robbing the Fed. ICLR 2022"
     link = "https://arxiv.org/abs/2110.13057"
     threat = "malicious-architecture"
+    kinds = frozenset({"continuous"})
     requires = frozenset({"public"})
     paper = {
         "bins": (100, "authors' notebook, n = 64"),
