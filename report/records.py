@@ -12,8 +12,10 @@ from evaluation.verdict import identifies, outcome
 from report.tables import ENTRIES, VIEWS, Entry, Summary, View, interval, mean_std, number, plural, share, table
 from utils.files import write_atomically
 
-_SHARED = ("labels right", "identified", "missed", "diverged", "test accuracy", "training loss", "seconds")
-_SHARED += ("granted (oracle)",)
+_SHARED = (
+    *("labels right", "identified", "missed", "diverged"),
+    *("test accuracy", "training loss", "seconds", "granted (oracle)"),
+)
 _shared = {entry.label: entry for entry in ENTRIES if entry.label in _SHARED}
 
 RECORD_ENTRIES = (
