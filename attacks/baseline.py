@@ -19,7 +19,7 @@ class Baseline(Attack):
     threat = "honest-but-curious"
     uses = frozenset({"num_examples"})
     requires = frozenset({"public"})
-    kinds = frozenset({"continuous", "discrete"})
+    kinds = frozenset({"continuous", "tabular", "discrete"})
     supports_adam = True
 
     def needs_workers(self) -> bool:

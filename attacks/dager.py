@@ -60,7 +60,7 @@ class Dager(Attack):
     beams: int = hp(8, "number of prefixes for each sentence, with ranks", source=OURS, smoke=2, ge=1)
     rank_tolerance: float = hp(1e-6, "least singular value of a span in units of the largest", gt=0, lt=1)
     extra_rank: int = hp(30, "dimensions of the span beyond the number of tokens, after local steps or noise", ge=0)
-    restarts: int = hp(8, "number of starts for each sentence of an encoder", source=OURS, smoke=2, ge=1)
+    restarts: int = hp(16, "number of starts for each sentence of an encoder", source=OURS, smoke=2, ge=1)
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)

@@ -23,6 +23,7 @@ class GGL(LatentInversion):
 
     citation = "Li, Zhang, Liu, Liu: Auditing Privacy Defenses via Generative Gradient Leakage. CVPR 2022"
     link = "https://arxiv.org/abs/2203.15696"
+    kinds = frozenset({"continuous"})
     paper = {
         "iterations": (2500, "authors' adam.py"),
         "evaluations": (25000, "500 generations of 50"),

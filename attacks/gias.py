@@ -26,6 +26,7 @@ class GIAS(LatentInversion):
 
     citation = "Jeon, Kim, Lee, Oh, Ok: Gradient Inversion with Generative Image Prior. NeurIPS 2021"
     link = "https://arxiv.org/abs/2110.14962"
+    kinds = frozenset({"continuous"})
 
     paper = {
         "iterations": (500, "authors' ours_v2_bs4.sh, 32x32"),

@@ -35,6 +35,7 @@ class RobbingTheFed(FeatureInversionAttack):
     link = "https://arxiv.org/abs/2110.13057"
     threat = "malicious-architecture"
     uses = frozenset({"num_examples", "recipe"})
+    kinds = frozenset({"continuous"})
     requires = frozenset({"public"})
     paper = {
         "bins": (100, "authors' notebook, n = 64"),

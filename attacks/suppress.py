@@ -33,7 +33,7 @@ class Suppress(Attack):
     citation = "Pasquini, Francati, Ateniese: Eluding Secure Aggregation in Federated Learning. CCS 2022"
     link = "https://arxiv.org/abs/2111.07380"
     threat = "malicious-parameters"
-    kinds = frozenset({"continuous", "discrete"})
+    kinds = frozenset({"continuous", "tabular", "discrete"})
     isolates = True
     example_model = "lenet"
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 import torch
 from torch import Tensor
 
-Kind = Literal["continuous", "discrete"]
+Kind = Literal["continuous", "tabular", "discrete"]
 UNKNOWN = -1  # a token of a reconstructed sentence about which the attack says nothing
 
 
@@ -213,3 +213,137 @@ class TextDomain(Domain):
     @staticmethod
     def _refuse() -> NoReturn:
         raise TypeError("sentences are discrete: no gradient moves them")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    categories: the values of a categorical column, which is one-hot encoded; empty for a number. mean, std, low, high:
+    of a number, in its own units.
+    """
+
+    name: str
+    categories: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """The number of entries in an encoded row."""
+        return len(self.categories) or 1
+
+
+@dataclass(frozen=True)
+class TabularDomain(Domain):
+    """Rows of a table, encoded as vectors (d,): numbers as (value - mean) / std, categories as one-hot blocks.
+
+    The model takes rows as they are. The statistics are those of public rows: an attacker knows the schema.
+    """
+
+    shape: tuple[int]  # (d,)
+    columns: tuple[Column, ...]
+
+    name: ClassVar[str] = "table"
+    kind: ClassVar[Kind] = "tabular"
+    noun: ClassVar[tuple[str, str]] = ("record", "records")
+
+    def __post_init__(self) -> None:
+        width = sum(column.width for column in self.columns)
+        assert self.shape == (width,), f"shape {self.shape}, columns of {width} entries"
+        assert all(c.std > 0 and c.low < c.high for c in self.columns if not c.categories), self.columns
+
+    def init(self, n: int, rng: torch.Generator) -> Tensor:
+        """The middle, which is the mean of numbers and all categories at once, with a little noise."""
+        return self.project(self.middle(torch.zeros(())) + 0.01 * torch.randn(n, *self.shape, generator=rng))
+
+    def to_model(self, examples: Tensor) -> Tensor:
+        return examples
+
+    def from_model(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def project(self, examples: Tensor) -> Tensor:
+        """Numbers within their public range, entries of one-hot blocks in [0, 1]."""
+        low, high = self._limits(examples)
+        return torch.minimum(torch.maximum(examples, low), high)
+
+    @torch.no_grad()
+    def project_(self, inputs: Tensor) -> None:
+        inputs.copy_(self.project(inputs))
+
+    def from_unbounded(self, u: Tensor) -> Tensor:
+        """A sigmoid onto each entry's range, with the middle at zero."""
+        low, high = self._limits(u)
+        return low + (high - low) * torch.sigmoid(u + self._logit(self.middle(u)))
+
+    def to_unbounded(self, examples: Tensor) -> Tensor:
+        return self._logit(examples) - self._logit(self.middle(examples))
+
+    def regularizer(self, inputs: Tensor) -> Tensor:
+        """The mean square of standardised numbers, and of what the entries of each one-hot block lack to a sum of 1."""
+        penalties = [
+            (inputs[:, place].sum(1) - 1).square() if column.categories else inputs[:, place].square().sum(1)
+            for column, place in self.places()
+        ]
+        return torch.stack(penalties).mean()
+
+    def smooth_regularizer(self, examples: Tensor) -> Tensor:
+        return self.regularizer(examples)
+
+    def places(self) -> list[tuple[Column, slice]]:
+        """Each column with its entries in an encoded row."""
+        found, start = [], 0
+        for column in self.columns:
+            found.append((column, slice(start, start + column.width)))
+            start += column.width
+        return found
+
+    def cells(self, examples: Tensor) -> Tensor:
+        """Rows (N, d) -> one value for each column (N, columns): standardised numbers, and indices of categories."""
+        cells = [
+            examples[:, place].argmax(1).to(examples) if column.categories else examples[:, place.start]
+            for column, place in self.places()
+        ]
+        return torch.stack(cells, 1)
+
+    def render(self, example: Tensor) -> tuple[str, ...]:
+        """The value of each column as text."""
+        return tuple(
+            c.categories[int(value)] if c.categories else f"{value * c.std + c.mean:.4g}"
+            for c, value in zip(self.columns, self.cells(example[None])[0].tolist(), strict=True)
+        )
+
+    def typical(self, examples: Tensor) -> Tensor:
+        """Means of numbers, and the most frequent category of each block."""
+        parts = []
+        for column, place in self.places():
+            mean = examples[:, place].mean(0)
+            parts.append(torch.eye(column.width).to(mean)[mean.argmax()] if column.categories else mean)
+        return torch.cat(parts)
+
+    def middle(self, like: Tensor) -> Tensor:
+        """The row (d,) without any knowledge: zero, the mean, of numbers; 1 / K of K categories."""
+        entries = [1 / c.width if c.categories else self._inside(c) for c in self.columns for _ in range(c.width)]
+        return torch.tensor(entries, dtype=like.dtype, device=like.device)
+
+    @staticmethod
+    def _inside(column: Column) -> float:
+        """The mean of a number, standardised, moved off the ends of its range."""
+        low, high = ((limit - column.mean) / column.std for limit in (column.low, column.high))
+        return min(max(0.0, low + 0.05 * (high - low)), high - 0.05 * (high - low))
+
+    def _limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [
+            (0.0, 1.0) if c.categories else ((c.low - c.mean) / c.std, (c.high - c.mean) / c.std)
+            for c in self.columns
+            for _ in range(c.width)
+        ]
+        low, high = torch.tensor(pairs, dtype=like.dtype, device=like.device).T
+        return low, high
+
+    def _logit(self, examples: Tensor) -> Tensor:
+        low, high = self._limits(examples)
+        return torch.logit(((examples - low) / (high - low)).clamp(1e-3, 1 - 1e-3))

@@ -56,14 +56,16 @@ def load(
     base_datadir: Path,
     image_size: int | None = None,
     tokens: int | None = None,
+    schema: str | None = None,
     normalize: Normalize = "none",
     victims: Victims = "all",
     public: Public = "same",
 ) -> Dataset:
-    """The data set `name`: square images, or sentences.
+    """The data set `name`: square images, sentences or records of a table.
 
     image_size: height and width of images in pixels, 8 to 1024; None: the data set's own.
     tokens: length of sentences; None: the data set's own.
+    schema: columns of a table: "auto", or a JSON file; None: auto.
     normalize: mean and std of the task's domain: "none" 0 and 1, "half" 0.5 and 0.5, "dataset" the published values or
         else those of the data set's own public images, whichever `victims` and `public` are.
     victims: the images of the split `private`. "tuning" and "reporting" share no image: attacks are tuned on one of
@@ -78,7 +80,7 @@ def load(
     if image_size is not None and not 8 <= image_size <= 1024:
         raise UsageError(f"`image_size={image_size}`: choose 8 to 1024 pixels")
     base_datadir = Path(base_datadir).expanduser()
-    splits = loader(base_datadir, _option(name, loader, {"image_size": image_size, "tokens": tokens}))
+    splits = loader(base_datadir, _option(name, loader, {"image_size": image_size, "tokens": tokens, "schema": schema}))
     if not (len(splits.private) and len(splits.public)):
         raise UsageError(f"{base_datadir}: too few images; {name} needs a class with at least two different ones")
     # before the selection: what the attacker knows must not change the task

@@ -3,6 +3,6 @@
 `python -m report RUN_FOLDER ...` compares finished runs.
 """
 
-from report import figures, text
+from report import figures, records, text
 
-__all__ = ["figures", "text"]
+__all__ = ["figures", "records", "text"]

@@ -13,8 +13,6 @@ from report.tables import ENTRIES, RECOVERED, VIEWS, Summary, View, image_verdic
 from utils.terminal import printable
 
 ABREAST = 10  # images in a line of a grid
-SCORE_LABEL = "PSNR (dB), mean ± std over images"
-MEAN_IMAGE = "mean public image"
 
 Point = Mapping[str, str]
 
@@ -84,10 +82,11 @@ def learning_curve(path: Path, rounds: Sequence[Mapping[str, Any]]) -> None:
 def comparison_plot(path: Path, points: Sequence[Point], summaries: Sequence[Summary]) -> None:
     """The score over the first name of the points, one line for each combination of the others.
 
-    The score is PSNR, with the mean public image dashed, or, if all attacks have an oracle for it, the share of
-    images recovered, with the recoverable share dashed; below it then the training loss. Where three or more names
-    vary, panels stand side by side.
+    The score is PSNR, or that of the runs' domain, with the mean public image dashed. If all attacks have an oracle for
+    it, it is the share of images recovered, with the recoverable share dashed; below it then the training loss. Where
+    three or more names vary, panels stand side by side.
     """
+    view = _view(summaries)
     points = [point or {"attack": s["attack"]} for point, s in zip(points, summaries, strict=True)]
     all_or_nothing = all(s.get("ceiling") is not None for s in summaries)
     if len(points[0]) > 2 and not any("ceiling" in s for s in summaries):
@@ -123,12 +122,15 @@ def comparison_plot(path: Path, points: Sequence[Point], summaries: Sequence[Sum
             if with_loss:  # a loss that is not finite leaves a gap
                 losses = [math.nan if s["training_loss"] is None else s["training_loss"] for _, s in runs]
                 axes[1, 0].plot(x, losses, **_line(values))
-        key, meaning = ("ceiling", "recoverable (oracle)") if all_or_nothing else ("baseline_psnr", MEAN_IMAGE)
+        key, meaning = (
+            ("ceiling", "recoverable (oracle)") if all_or_nothing else (f"baseline_{view.score}", view.baseline_label)
+        )
         _reference(ax, [s[key] for s in summaries], meaning)
         attacks = list(dict.fromkeys(s["attack"] for s in summaries))
         what = attacks[0] if len(attacks) == 1 else f"{len(attacks)} attacks"
         ax.set(
-            ylabel=f"share {RECOVERED}" if all_or_nothing else SCORE_LABEL, title=f"{what} on {_datasets(summaries)}"
+            ylabel=f"share {RECOVERED}" if all_or_nothing else view.score_label,
+            title=f"{what} on {_datasets(summaries)}",
         )
         if with_loss:
             axes[1, 0].set(ylabel="training loss (no point: not finite)")
@@ -143,6 +145,7 @@ def comparison_plot(path: Path, points: Sequence[Point], summaries: Sequence[Sum
 def _panels(path: Path, points: Sequence[Point], summaries: Sequence[Summary]) -> None:
     """PSNR where three or more names vary: one across each panel, attacks (or the second longest) as lines, and a
     panel for each combination of the rest, with the mean public image dashed."""
+    view = _view(summaries)
     values = {key: sorted({p[key] for p in points}, key=sort_key) for key in points[0]}
     by_size = sorted(values, key=lambda key: -len(values[key]))
     lines = "attack" if "attack" in values else by_size[1]
@@ -173,23 +176,29 @@ def _panels(path: Path, points: Sequence[Point], summaries: Sequence[Summary]) -
                         ax, x, [s for _, s in here], values[axis], line, color=color, marker=marker, markersize=4
                     )
                     shown += [s for _, s in here]
-                _reference(ax, [s["baseline_psnr"] for s in shown], MEAN_IMAGE)
+                _reference(ax, [s[f"baseline_{view.score}"] for s in shown], view.baseline_label)
                 where = ", ".join(f"{k} {v}" for k, v in zip((*more, across), (*cell, column), strict=True))
                 ax.set_title(where, fontsize=style.SMALL)
                 ax.set_xticks(range(len(values[axis])), values[axis])
                 ax.set_xlim(-0.5, len(values[axis]) - 0.5)
                 handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         figure.supxlabel(axis, fontsize=10)
-        figure.supylabel(SCORE_LABEL, fontsize=10)
+        figure.supylabel(view.score_label, fontsize=10)
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=style.SMALL, title=lines)
         style.save(figure, path)
+
+
+def _view(summaries: Sequence[Summary]) -> View:
+    """How the first of these runs is shown."""
+    return VIEWS[next((s.get("domain", "image") for s in summaries), "image")]
 
 
 def _errorbars(
     ax: Any, x: Sequence[float], summaries: Sequence[Summary], values: Sequence[str], label: str | None, **look: Any
 ) -> None:
-    """Mean PSNR, with bars of one standard deviation over images."""
-    y, error = ([s["psnr"][key] if s["psnr"] else math.nan for s in summaries] for key in ("mean", "std"))
+    """The mean score, with bars of one standard deviation over examples."""
+    score = _view(summaries).score
+    y, error = ([s[score][key] if s[score] else math.nan for s in summaries] for key in ("mean", "std"))
     ax.errorbar(x, y, yerr=error, elinewidth=1, label=label, **_line(values), **look)
 
 

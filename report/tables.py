@@ -331,13 +331,17 @@ class View:
     """How the runs of a domain are shown.
 
     verdict: a summary as one sentence. picture: the file with true examples beside their reconstructions, which `draw`
-    writes.
+    writes. score: the entry of a summary that plots show, with the name of its axis and that of its baseline, which is
+    the entry "baseline_" + score.
     """
 
     entries: tuple[Entry, ...]
     verdict: Callable[[Summary], str]
     picture: str
     draw: Callable[..., None]
+    score: str = "psnr"
+    score_label: str = "PSNR (dB), mean ± std over images"
+    baseline_label: str = "mean public image"
 
 
 VIEWS: dict[str, View] = {}  # by Domain.name, filled by the modules of this folder

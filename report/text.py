@@ -139,4 +139,12 @@ def _marked(truth: Tensor, guess: Tensor, scored: int, domain: Domain) -> str:
     return " ".join(words)
 
 
-VIEWS["text"] = View(TEXT_ENTRIES, verdict, "rebuilt.md", write_page)
+VIEWS["text"] = View(
+    TEXT_ENTRIES,
+    verdict,
+    "rebuilt.md",
+    write_page,
+    score="token_accuracy",
+    score_label="tokens right, mean ± std over sentences",
+    baseline_label="frequent public words",
+)

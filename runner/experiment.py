@@ -253,17 +253,16 @@ def choose_device(name: str) -> torch.device:
 def load_dataset(flags: Any) -> data.Dataset:
     """The data set that the flags of a mode name."""
     public = "same" if flags.public == "none" else flags.public
-    return _load_data(
-        flags.dataset, flags.base_datadir, flags.image_size, flags.tokens, flags.normalize, flags.victims, public
-    )
+    options = (("image_size", flags.image_size), ("tokens", flags.tokens), ("schema", flags.schema))
+    return _load_data(flags.dataset, flags.base_datadir, options, flags.normalize, flags.victims, public)
 
 
 @functools.lru_cache(maxsize=2)
 def _load_data(
-    name: str, base: Path, image_size: int | None, tokens: int | None, normalize: str, victims: str, public: str
+    name: str, base: Path, options: tuple[tuple[str, Any], ...], normalize: str, victims: str, public: str
 ) -> data.Dataset:
     chosen: dict[str, Any] = {"normalize": normalize, "victims": victims, "public": public}
-    return data.load(name, base_datadir=base, image_size=image_size, tokens=tokens, **chosen)
+    return data.load(name, base_datadir=base, **dict(options), **chosen)
 
 
 def public_batch(dataset: data.Dataset) -> Batch:

@@ -12,7 +12,10 @@ class Common:
     """Flags of both modes."""
 
     dataset: str = hp("photos", "data set: {datasets}")
-    base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets; for folder, the <class>/<image> tree itself")
+    base_datadir: Path = hp(
+        ROOT / "datasets",
+        "folder of the data sets; for folder, the <class>/<image> tree itself; for textfile and csv, a file",
+    )
     victims: Literal["all", "tuning", "reporting"] = hp(
         "reporting",
         "private images that may be attacked: one of two disjoint parts, tuning (for the choice of settings) and "
@@ -30,6 +33,7 @@ class Common:
     )
     image_size: int | None = hp(None, "side of the images in pixels; default: the data set's own")
     tokens: int | None = hp(None, "length of a sentence (text, textfile); default: 16", ge=2)
+    schema: str | None = hp(None, "columns of a table (csv): auto, or a JSON file; default: auto")
     normalize: Literal["none", "dataset", "half"] = hp(
         "none", "input of the model: pixels in [0, 1], the data set's mean and std, or mean 0.5 and std 0.5"
     )

@@ -94,7 +94,8 @@ def save(path, seed, height=12, width=12, channels=3):
 
 
 def test_registry_names():
-    assert set(DATASETS) == {"photos", "leaves", "faces", "folder", "text", "textfile", *VISION}
+    others = "text textfile csv cancer photostats"
+    assert set(DATASETS) == {"photos", "leaves", "faces", "folder", *others.split(), *VISION}
 
 
 def test_load_refuses_unknown_names_and_values_out_of_range(tmp_path):

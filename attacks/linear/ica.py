@@ -43,7 +43,10 @@ def differences(rows: Tensor, task: Task) -> Tensor:
     """Horizontal and vertical pixel differences of every row (h, d), side by side: a `View`.
 
     Differences mix as the images do. Unlike pixels they are sparse and nearly uncorrelated, as ICA needs its sources.
+    Examples other than images have no neighbours: their rows are centred instead.
     """
+    if len(task.domain.shape) != 3:
+        return centred(rows)
     images = rows.view(-1, *task.domain.shape)
     return torch.cat([images.diff(dim=3).flatten(1), images.diff(dim=2).flatten(1)], 1)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.matching.matcher import mean_gradient
+from core.domain import Domain
 from core.protocol import Observation, Reconstruction, Task
 from models.inspection import pixel_layer, require
 
@@ -113,6 +114,12 @@ def plausible(pixels: Tensor, slack: float = 0.1, max_share: float = 0.1, white:
     return outside.flatten(1).double().mean(1) <= max_share
 
 
+def lies_in(domain: Domain, examples: Tensor, slack: float = 0.1, max_share: float = 0.1) -> Tensor:
+    """(M,) which examples (M, *shape) are valid: at most a tenth lies outside the domain by more than `slack`."""
+    outside = ((examples - domain.project(examples)).abs() > slack) | ~examples.isfinite()
+    return outside.flatten(1).double().mean(1) <= max_share
+
+
 def distinct(examples: Tensor, max_correlation: float = 0.9995) -> list[int]:
     """Indices of `examples` (M, *shape) that correlate with no earlier one of them above `max_correlation`."""
     flat = examples.flatten(1).double()
@@ -151,7 +158,7 @@ def invert_rows(observation: Observation, layer: nn.Linear) -> Reconstruction:
     n, task = observation.update.num_examples, observation.task
     rows = (bias.abs() > 1e-7 * bias.abs().max()).nonzero().flatten()
     pixels = to_examples(weight[rows] / bias[rows, None], task)
-    valid = plausible(pixels)
+    valid = lies_in(task.domain, pixels)
     rows, pixels = rows[valid], task.domain.project(pixels[valid])
     if not len(rows):
         return failed_reconstruction(observation)

@@ -103,24 +103,24 @@ def encode(
     """
     if not all(len(tokens) for tokens, _ in candidates):
         return torch.empty(0, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-    count = restarts * sentences
-    columns = [tokens[torch.randint(len(tokens), (count,), generator=rng)] for tokens, _ in candidates]
+    columns = [tokens[torch.randint(len(tokens), (restarts * sentences,), generator=rng)] for tokens, _ in candidates]
     current = torch.stack(columns, 1)  # (M, L)
-    scores = span.distances(probe.inputs(current, 1)).mean(1)
-    for _ in range(sweeps):
-        before = current.clone()
+    found: dict[tuple[int, ...], float] = {}
+    for sweep in range(sweeps + 1):
+        current = torch.unique(current, dim=0)
+        scores = span.distances(probe.inputs(current, 1)).mean(1)
+        moving = [i for i, row in enumerate(current.tolist()) if tuple(row) not in found]
+        found |= {tuple(current[i].tolist()): scores[i].item() for i in moving}
+        if not moving or sweep == sweeps:
+            break
+        current = current[moving]
         for position in torch.randperm(len(candidates), generator=rng).tolist():
             tokens = candidates[position][0]
             if len(tokens) == 1:
                 continue
             tried = current.repeat_interleave(len(tokens), 0)
-            tried[:, position] = tokens.repeat(count)
-            means = span.distances(probe.inputs(tried, 1)).mean(1).view(count, -1)  # (M, k)
-            scores, best = means.min(1)
-            current[:, position] = tokens[best]
-        if torch.equal(before, current):
-            break
-    current, first = torch.unique(current, dim=0, return_inverse=True)
-    merged = torch.full((len(current),), torch.inf, dtype=scores.dtype).scatter_reduce(0, first, scores, "amin")
-    order = merged.argsort()
-    return current[order], merged[order]
+            tried[:, position] = tokens.repeat(len(current))
+            means = span.distances(probe.inputs(tried, 1)).mean(1).view(-1, len(tokens))  # (M, k)
+            current[:, position] = tokens[means.argmin(1)]
+    best = sorted(found, key=lambda row: found[row])
+    return torch.tensor(best), torch.tensor([found[row] for row in best], dtype=torch.float64)
