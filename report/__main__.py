@@ -24,7 +24,7 @@ def parser() -> Parser:
     ]
     found = Parser(
         prog="python -m report",
-        description="One table over finished runs, the settings in which they differ and the metrics; or one HTML page.",
+        description="One table over finished runs: the settings in which they differ, then the metrics; or a page.",
         epilog="\n".join(["metrics:", *metrics]),
     )
     found.formatter_class = argparse.RawDescriptionHelpFormatter

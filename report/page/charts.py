@@ -5,12 +5,12 @@ Every point carries the text that states its exact values. Colours are the CSS v
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from report.style import COLORS
 
-WIDTH, HEIGHT = 460, 250
+WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 42
 
 
@@ -38,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing. references: (y, name) of horizontal dashed lines. ticks: (x, name) instead of numbers below the axis."""
+    """One drawing. references: (y, name) of dashed lines. ticks: (x, name) below the axis in the place of numbers."""
 
     title: str
     x_label: str
@@ -49,12 +49,11 @@ class Chart:
     logarithmic: bool = False
     y_range: tuple[float, float] | None = None
     note: str = ""
-    hidden_legend: bool = field(default=False)
 
     def html(self) -> str:
         """A figure with a caption and a legend."""
         drawn = [s for s in self.series if s.points]
-        legend = "" if self.hidden_legend else _legend(drawn, self.references)
+        legend = _legend(drawn, self.references)
         note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
         title = escape(self.title)
         return (

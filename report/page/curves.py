@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation.summary import RECOVERED_PSNR
 from report.page.charts import Chart, Point, Series, exact
-from report.page.load import Run, family
+from report.page.load import Run, differing, family
 from report.style import COLORS
 
 TRACES, TRACE_POINTS = 6, 64  # curves of a run, points of a curve
@@ -267,16 +267,16 @@ def _share_drawing(
 
 
 def _labels(runs: Sequence[Run], without: set[str]) -> list[str]:
-    """What sets these runs apart, except for some settings; the attack first. Hyperparameters of the same attack only."""
-    attacks = {run.attack for run in runs}
-    shared = [k for k in runs[0].settings if all(k in r.settings for r in runs)] if runs else []
-    names = [k for k in shared if k not in without and len({str(run.settings[k]) for run in runs}) > 1]
-    if len(attacks) == 1 and not names:
-        return [runs[0].attack if len(runs) == 1 else f"{run.attack} {run.number}" for run in runs]
-    return [
-        ", ".join(str(run.settings[k]) if k in ("attack", "mode") else f"{k} {run.settings[k]}" for k in names)
-        for run in runs
+    """What sets these runs apart, except for some settings; hyperparameters only if they are all of one attack."""
+    if not runs:
+        return []
+    several = len({run.attack for run in runs}) > 1
+    own = {name.replace("_", "-") for run in runs for name in run.config["hyperparameters"]} if several else set()
+    names = [name for name in differing(runs) if name not in without | own]
+    parts = [
+        [value if k in ("attack", "mode") else f"{k} {value}" for k in names if (value := r.settings[k])] for r in runs
     ]
+    return [", ".join(map(str, part)) or run.attack for part, run in zip(parts, runs, strict=True)]
 
 
 def _evenly(count: int, most: int) -> list[int]:

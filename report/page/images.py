@@ -59,7 +59,7 @@ def pairs_of(folder: Path, rows: Sequence[Row], budget: int) -> list[Pair]:
 
 
 def png(example: Tensor) -> str:
-    """The `data:` URI of an image (C, H, W) with pixels in [0, 1]; other than 1 or 3 channels are shown as their mean."""
+    """The `data:` URI of an image (C, H, W) with pixels in [0, 1]; of other than 1 or 3 channels, of their mean."""
     from PIL import Image
 
     pixels = example.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -136,7 +136,7 @@ def _load(folder: Path, number: int) -> Run | None:
         and isinstance(config.get("hyperparameters"), dict)
         and isinstance(summary.get("attack"), str)
         and isinstance(summary.get("images"), int)
-        and (psnr is None or isinstance(psnr, dict) and {"mean", "std", "median"} <= psnr.keys())
+        and (psnr is None or (isinstance(psnr, dict) and {"mean", "std", "median"} <= psnr.keys()))
     )
     if not whole:
         return None
