@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation.summary import RECOVERED_PSNR
 from report.page.charts import Chart, Point, Series, exact
-from report.page.load import Run, differing, family
+from report.page.load import Run, differing, strengths
 from report.style import COLORS
 
 TRACES, TRACE_POINTS = 6, 64  # curves of a run, points of a curve
@@ -174,25 +174,26 @@ def _lines_over(runs: Sequence[Run], name: str) -> list[Line]:
 
 
 def _lines_over_defenses(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """By defence with one number: lines over this number, which start at the run without a defence."""
-    groups: dict[str, dict[str, list[Run]]] = {}
+    """By defence with one number left open: lines over this number, which start at the run without a defence.
+
+    A defence with several numbers needs two runs that differ in one of them; a defence with one number needs one run.
+    """
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        others = str({key: value for key, value in run.settings.items() if key != "defense"})
-        found = family(run.defense)
-        pattern = "none" if run.defense == "none" else found[0] if found else None
-        if pattern is not None:
-            groups.setdefault(others, {}).setdefault(pattern, []).append(run)
+        groups.setdefault(str({key: v for key, v in run.settings.items() if key != "defense"}), []).append(run)
     chosen: dict[str, list[list[tuple[float, str, Run]]]] = {}
-    for families in groups.values():
-        undefended = families.pop("none", [])
-        for pattern, members in families.items():
-            strengths = [(float(found[1]), run) for run in members if (found := family(run.defense))]
-            points = [(x, f"{x:g}", run) for x, run in sorted(strengths, key=lambda p: p[0])]
-            line = [(-math.inf, "none", run) for run in undefended] + points
-            if len({x for x, *_ in line}) > 1:
-                chosen.setdefault(pattern, []).append(line)
+    for group in groups.values():
+        undefended = [(-math.inf, "none", run) for run in group if run.defense == "none"]
+        families: dict[str, list[tuple[float, str, Run]]] = {}
+        for run in group:
+            for pattern, strength in strengths(run.defense):
+                families.setdefault(pattern, []).append((strength, f"{strength:g}", run))
+        for pattern, points in families.items():
+            several = len({x for x, *_ in points}) > 1
+            if several or (undefended and len(strengths(points[0][2].defense)) == 1):
+                chosen.setdefault(pattern, []).append(undefended + sorted(points, key=lambda p: p[0]))
     return {
-        pattern: list(zip(_labels([line[0][2] for line in lines], {"defense"}), lines, strict=True))
+        pattern: list(zip(_labels([line[-1][2] for line in lines], {"defense"}), lines, strict=True))
         for pattern, lines in chosen.items()
     }
 

@@ -14,7 +14,7 @@ from report import style, tables
 from report.page import curves
 from report.page.charts import Chart, bar
 from report.page.images import Pair, pairs_of
-from report.page.load import Run, differing, family
+from report.page.load import Run, differing, strengths
 
 PICTURES = 9_000_000  # bytes of all pictures of a page
 BEST_PSNR = 50.0  # dB, the end of the scale of a bar: higher cannot be told apart by eye
@@ -209,13 +209,10 @@ def _columns(runs: Sequence[Run], varied: Sequence[str]) -> list[tuple[str, str]
     """(name, help) of the columns."""
     helps = {entry.key: entry.help for entry in tables.ENTRIES}
     columns = [("verdict", ""), ("pictures", ""), ("attack", "")]
+    columns += [("recovered", helps["success_rate"]), ("PSNR (dB)", helps["psnr"])]
     columns += [(name, "") for name, value in PLACES.items() if len({value(run) for run in runs}) > 1]
     columns += [(name, "setting in which the runs differ") for name in varied]
-    columns += [
-        ("recovered", helps["success_rate"]),
-        ("PSNR (dB)", helps["psnr"]),
-        ("above null (dB)", helps["over_null"]),
-    ]
+    columns.append(("above null (dB)", helps["over_null"]))
     if any(run.summary.get("identified") for run in runs):
         columns.append(("identified", helps["identified"]))
     if any(run.summary.get("identified_bound") is not None for run in runs):
@@ -318,11 +315,8 @@ def _advice(group: Sequence[Run]) -> str:
         recovered = "" if share is None else f" ({share:.0%} of the images recovered)"
         parts.append(f"Without a defence: {verdict}{recovered}.")
     if quiet:
-        found = [(family(run.defense), run) for run in quiet]
-        names = [
-            run.defense for _, run in sorted(found, key=lambda f: (f[0][0], f[0][1]) if f[0] else (f[1].defense, 0))
-        ]
-        parts.append(f"No leak was found by this attack with {', '.join(dict.fromkeys(names))}.")
+        names = dict.fromkeys(run.defense for run in sorted(quiet, key=lambda run: strengths(run.defense)))
+        parts.append(f"No leak was found by this attack with {', '.join(names)}.")
     if leaking:
         parts.append(f"It still leaks with {', '.join(dict.fromkeys(run.defense for run in leaking))}.")
     return " ".join(parts) + " Another attack, or one that is given more time, may find more."
