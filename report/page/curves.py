@@ -10,7 +10,7 @@ from report.page.charts import Chart, Point, Series, exact
 from report.page.load import Run, differing, strengths
 from report.style import COLORS
 
-TRACES, TRACE_POINTS = 6, 64  # curves of a run, points of a curve
+TRACES, TRACE_POINTS = 5, 50  # curves of a run, points of a curve
 IMAGES = 200  # dots of a run
 LINES = 6  # of a drawing of several runs
 FAMILIES = 24  # lines over one setting that are drawn
@@ -78,10 +78,12 @@ def objective_chart(run: Run) -> Chart | None:
     for k, trial in enumerate(shown):
         trace = _finite(trial["trace"])
         points = [
-            Point(trace[i][0], trace[i][1], f"iteration {trace[i][0]:g}: {exact(trace[i][1])}")
+            Point(trace[i][0], trace[i][1], f"{trace[i][0]:g}: {exact(trace[i][1])}")
             for i in _evenly(len(trace), TRACE_POINTS)
         ]
-        series.append(Series(f"update {trial.get('trial', k)} ({trial.get('status', '-')})", points, k))
+        series.append(
+            Series(f"update {trial.get('trial', k)} ({trial.get('status', '-')})", points, k, each=", iteration")
+        )
     values = [p.y for s in series for p in s.points]
     references = []
     for key, name in (("truth", "the true images (oracle, median)"), ("baseline", "the mean public image (median)")):

@@ -67,7 +67,7 @@ def png(example: Tensor) -> str:
         pixels = pixels if len(pixels) == 1 else pixels.float().mean(0, keepdim=True).round().to(torch.uint8)
     array = pixels.permute(1, 2, 0).contiguous().numpy()
     out = io.BytesIO()
-    Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).save(out, "PNG", optimize=True)
+    Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).save(out, "PNG")
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 

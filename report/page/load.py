@@ -18,7 +18,7 @@ NOT_VARIED = frozenset({"seed", "trials", "threads", "thresholds", "victims"})
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a run is equal to itself alone
 class Run:
     """One finished run: the objects in its files.
 

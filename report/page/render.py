@@ -16,7 +16,7 @@ from report.page.charts import Chart, bar
 from report.page.images import Pair, pairs_of
 from report.page.load import Run, differing, strengths
 
-PICTURES = 9_000_000  # bytes of all pictures of a page
+PICTURES = 8_000_000  # bytes of all pictures of a page
 BEST_PSNR = 50.0  # dB, the end of the scale of a bar: higher cannot be told apart by eye
 COLUMNS = 5  # of settings in which runs differ
 
@@ -47,19 +47,22 @@ KEYS: dict[str, Callable[[Run], str]] = {
 }
 
 
-def is_complete(run: Run) -> bool:
-    """Whether the records of a run have everything that the page shows; earlier versions wrote less."""
+def details(run: Run) -> str | None:
+    """What an article says below the pictures; None if the records lack something: earlier versions wrote less."""
     try:
-        "".join(_article(run, None, ()))
         "".join(_cells(run, None, _columns([run], ()), ()))
-        return run.leakage is not None
+        found = "".join(_details(run))
+        return found if run.leakage and tables.verdict(run.summary) else None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
-        return False
+        return None
 
 
-def page(runs: Sequence[Run], left_out: Sequence[Path], show_victims: bool) -> str:
-    """One HTML document, which loads nothing from anywhere. The runs are complete, and there is at least one."""
-    pictures = gather_pictures(runs, show_victims)
+def page(runs: Mapping[Run, str], left_out: Sequence[Path], show_victims: bool) -> str:
+    """One HTML document, which loads nothing from anywhere.
+
+    runs: at least one, with its details. left_out: folders without a run that can be shown.
+    """
+    pictures = gather_pictures([*runs], show_victims)
     script = (HERE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -69,7 +72,7 @@ def page(runs: Sequence[Run], left_out: Sequence[Path], show_victims: bool) -> s
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(headline(runs))} · Federated Privacy Attack</title>\n"
+        f"<title>{escape(headline([*runs]))} · Federated Privacy Attack</title>\n"
         f"<style>{_colors()}{(HERE / 'style.css').read_text(encoding='utf-8')}</style>\n</head>\n"
         f"<body>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
@@ -118,7 +121,8 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def _body(runs: Sequence[Run], left_out: Sequence[Path], pictures: Mapping[int, list[Pair]]) -> Iterator[str]:
+def _body(found: Mapping[Run, str], left_out: Sequence[Path], pictures: Mapping[int, list[Pair]]) -> Iterator[str]:
+    runs = [*found]
     ranked = sorted(runs, key=lambda run: run.leakage, reverse=True)
     varied = _varied(runs)
     yield '<a class="skip" href="#runs">Skip to the table of runs</a>'
@@ -135,6 +139,7 @@ def _body(runs: Sequence[Run], left_out: Sequence[Path], pictures: Mapping[int, 
         yield '<h2 id="each-title">The run</h2>'
     for run in ranked:
         yield from _article(run, pictures.get(run.number), varied)
+        yield f"{found[run]}</article>"
     yield "</section>"
     yield from _glossary()
     yield from _left_out(left_out)
@@ -337,6 +342,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _article(run: Run, pairs: Sequence[Pair] | None, varied: Sequence[str]) -> Iterator[str]:
+    """The beginning of a run's article, which its details end."""
     s = run.summary
     number = run.number
     yield f'<article class="run" id="run-{number}" data-run="{number}" aria-labelledby="title-{number}">'
@@ -346,6 +352,11 @@ def _article(run: Run, pairs: Sequence[Pair] | None, varied: Sequence[str]) -> I
         yield f'<p class="settings">{escape(settings)}</p>'
     yield f'<p class="sentence">{escape(tables.verdict(s))}</p>'
     yield from _gallery(run, pairs)
+
+
+def _details(run: Run) -> Iterator[str]:
+    """Drawings, numbers, the attacker and the command."""
+    s = run.summary
     charts: list[Chart | None] = [
         curves.images_chart(run),
         curves.shares_chart(run),
@@ -363,7 +374,6 @@ def _article(run: Run, pairs: Sequence[Pair] | None, varied: Sequence[str]) -> I
     yield from _attacker(run)
     yield "</div></div>"
     yield from _repeat(run)
-    yield "</article>"
 
 
 def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:

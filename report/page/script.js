@@ -122,9 +122,11 @@ box.addEventListener("keydown", (event) => {
 const prepare = (svg) => {
   svg.series ??= all(".series", svg).map((group) => {
     const texts = group.dataset.texts.split("\n");
-    return group.dataset.at.split(" ").map((at, i) => {
-      const [x, y] = at.split(",").map(Number);
-      return { x, y, text: (group.dataset.name ? `${group.dataset.name}: ` : "") + texts[i] };
+    const drawn = one("polyline", group)?.getAttribute("points") ?? one(".marks", group).getAttribute("d");
+    const name = group.dataset.name;
+    const between = !name ? "" : name.endsWith("iteration") ? " " : ": ";
+    return [...drawn.matchAll(/([\d.-]+),([\d.-]+)/g)].map(([, x, y], i) => {
+      return { x: Number(x), y: Number(y), text: name + between + texts[i] };
     });
   });
   return svg.series;
