@@ -101,7 +101,7 @@ class Chart:
         y_ticks = _log_ticks(low, high) if self.logarithmic else _ticks(low, high)
         bottom, top = warp(min(low, y_ticks[0][0])), warp(max(high, y_ticks[-1][0]))
         left, right = min(xs), max(xs)
-        margin = 0.35 if self.ticks else 0.0
+        margin = 0.35 if self.ticks else 0.5 if all(s.look == "dots" for s in series) else 0.0
         left, right = (left - margin, right + margin) if right + margin > left - margin else (left - 1, right + 1)
 
         def to_x(value: float) -> float:

@@ -222,7 +222,7 @@ def _psnr_drawing(
         nulls, scores = [], []
         for x, value, run in points:
             null, psnr, at = run.summary.get("null"), run.summary["psnr"], place[x]
-            where = f"{run.attack}, {name} {value}"
+            where = f"{name} {value}"
             if null:
                 nulls.append(Point(at, null["psnr"]["mean"], f"{where}: null {exact(null['psnr']['mean'])} dB"))
             if psnr:
@@ -248,7 +248,7 @@ def _share_drawing(
     for k, (label, points) in enumerate(lines):
         shares, nulls, bounds = [], [], []
         for x, value, run in points:
-            s, at, where = run.summary, place[x], f"{run.attack}, {name} {value}"
+            s, at, where = run.summary, place[x], f"{name} {value}"
             found = s["identified"] if key == "identified" else (s.get("recovered") or {}).get(key)
             null = s.get("null")
             chance = found["chance"] if key == "identified" else null["recovered"] if null else None

@@ -73,7 +73,11 @@ def png(example: Tensor) -> str:
 
 def _chosen(rows: Sequence[Row]) -> list[tuple[int, str]]:
     """Positions of the rows to show, with their ranks."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].get("match") is None, -rows[i]["psnr"]))
+
+    def exposure(i: int) -> tuple[bool, float, float]:  # of equal scores, the one that is harder to guess comes first
+        return rows[i].get("match") is None, -rows[i]["psnr"], rows[i].get("null_psnr") or 0.0
+
+    order = sorted(range(len(rows)), key=exposure)
     if not order:
         return []
     ranked = {order[0]: "most exposed"}

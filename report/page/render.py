@@ -425,17 +425,18 @@ def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
     width, height = pair.size
     size = f'width="{width}" height="{height}" loading="lazy" decoding="async"'
     right = (
-        f'<img src="{pair.right}" alt="reconstruction, {score}" {size}>'
+        f'<img src="{pair.right}" alt="reconstruction" {size}>'
         if pair.right
         else '<span class="nothing">no reconstruction</span>'
     )
     label = escape(f"Enlarge {pair.rank or 'pair'}: {_title(run)}, {where}, {score}")
+    tag = '<span class="tag" aria-hidden="true">'
     words = " · ".join(part for part in (_title(run), where, f"{score}, {quality}", beside) if part)
     return (
-        f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" aria-label="{label}" '
-        f'data-caption="{escape(words)}">'
-        f'<span class="truth"><img src="{pair.left}" alt="truth" {size}><span class="tag">truth</span></span>'
-        f'<span class="rebuilt">{right}<span class="tag">reconstruction</span></span></button>{caption}</figure>'
+        f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" '
+        f'data-caption="{escape(words)}"><span class="aside">{label}</span>'
+        f'<span class="truth"><img src="{pair.left}" alt="truth" {size}>{tag}truth</span></span>'
+        f'<span class="rebuilt">{right}{tag}reconstruction</span></span></button>{caption}</figure>'
     )
 
 
