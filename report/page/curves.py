@@ -234,8 +234,8 @@ def _psnr_drawing(
     means = [p.y for s in series for p in s.points]
     interval = (min(means), max(means)) if means else (0.0, 1.0)  # intervals of few units would hide the means
     spread = max(interval[1] - interval[0], 5.0)
-    limits = (max(0.0, interval[0] - 0.6 * spread), min(100.0, interval[1] + 0.6 * spread))
-    return Chart(f"PSNR over {name}", name, "PSNR (dB), 95%", series, ticks=ticks, note=note, y_range=limits)
+    shown = (max(0.0, interval[0] - 0.6 * spread), min(100.0, interval[1] + 0.6 * spread))
+    return Chart(f"PSNR over {name}", name, "PSNR (dB), 95%", series, ticks=ticks, note=note, y_range=shown)
 
 
 def _share_drawing(
@@ -251,8 +251,9 @@ def _share_drawing(
             s, at, where = run.summary, place[x], f"{name} {value}"
             found = s["identified"] if key == "identified" else (s.get("recovered") or {}).get(key)
             null = s.get("null")
-            chance = found["chance"] if key == "identified" else null["recovered"] if null else None
+            chance = null["recovered"] if null else None
             if found:
+                chance = found.get("chance", chance)
                 text = f"{where}: {exact(found['share'])} [{exact(found['low'])}, {exact(found['high'])}]"
                 shares.append(Point(at, found["share"], text, found["low"], found["high"]))
             if chance is not None:

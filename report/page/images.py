@@ -44,7 +44,8 @@ def pairs_of(folder: Path, rows: Sequence[Row], budget: int) -> list[Pair]:
             above, below = file.get_slice("truth"), file.get_slice("reconstruction")
             if above.get_shape() != below.get_shape() or above.get_shape()[0] != len(rows):
                 return []
-            pairs, spent = [], 0
+            pairs: list[Pair] = []
+            spent = 0
             for index, rank in _chosen(rows):
                 row = rows[index]
                 rebuilt = None if row.get("match") is None else below[index : index + 1][0]
