@@ -328,7 +328,7 @@ def test_two_hundred_runs_stay_under_fifteen_megabytes(tmp_path: Path) -> None:
     for k in range(200):
         folder = tmp_path / "runs" / f"{k:012x}"
         if k < 2:
-            fabricate(folder, images=6, size=32, points=200, local_epochs=k + 1, mode="fed")
+            fabricate(folder, images=60, size=32, points=45, local_epochs=k + 1, mode="fed")
             continue
         folder.mkdir()
         for path in (tmp_path / "runs" / f"{k % 2:012x}").iterdir():

@@ -10,8 +10,8 @@ from report.page.charts import Chart, Point, Series, exact
 from report.page.load import Run, differing, strengths
 from report.style import COLORS
 
-TRACES, TRACE_POINTS = 5, 50  # curves of a run, points of a curve
-IMAGES = 200  # dots of a run
+TRACES, TRACE_POINTS = 4, 40  # curves of a run, points of a curve
+MARKS = 60  # images or rounds of a run that are drawn
 LINES = 6  # of a drawing of several runs
 FAMILIES = 24  # lines over one setting that are drawn
 
@@ -23,9 +23,9 @@ def images_chart(run: Run) -> Chart | None:
     rows = sorted(run.rows, key=lambda row: -row["psnr"])
     if not rows:
         return None
-    shown = [rows[i] for i in _evenly(len(rows), IMAGES)]
+    shown = [rows[i] for i in _evenly(len(rows), MARKS)]
     own, nulls = [], []
-    for place, row in zip(_evenly(len(rows), IMAGES), shown, strict=True):
+    for place, row in zip(_evenly(len(rows), MARKS), shown, strict=True):
         where = f"trial {row.get('trial', 0)}, image {row.get('image', 0)}"
         missed = ", missed" if row.get("match") is None else ""
         own.append(Point(place + 1, row["psnr"], f"{where}: {exact(row['psnr'])} dB{missed}"))
@@ -116,10 +116,12 @@ def rounds_chart(run: Run) -> Chart | None:
     if len(rounds) < 2:
         return None
     series = []
+    numbers = sorted(rounds)
+    drawn = [numbers[i] for i in _evenly(len(numbers), MARKS)]
     for key, name, color, look in (("psnr", "reconstruction", 1, "line"), ("null_psnr", "null", None, "dashed")):
         points = []
-        for number, rows in sorted(rounds.items()):
-            values = [row[key] for row in rows if row.get(key) is not None]
+        for number in drawn:
+            values = [row[key] for row in rounds[number] if row.get(key) is not None]
             if values:
                 mean = sum(values) / len(values)
                 points.append(Point(number + 1, mean, f"round {number + 1}: {exact(mean)} dB, {len(values)} images"))
@@ -136,7 +138,8 @@ def accuracy_chart(run: Run) -> Chart | None:
     ]
     if len(points) < 2:
         return None
-    return Chart("Test accuracy over rounds", "round", "accuracy", [Series("", points, 0)], y_range=(0, 1))
+    drawn = [points[i] for i in _evenly(len(points), MARKS)]
+    return Chart("Test accuracy over rounds", "round", "accuracy", [Series("", drawn, 0)], y_range=(0, 1))
 
 
 def comparison_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:

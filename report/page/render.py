@@ -16,7 +16,7 @@ from report.page.charts import Chart, bar
 from report.page.images import Pair, pairs_of
 from report.page.load import Run, differing, strengths
 
-PICTURES = 8_000_000  # bytes of all pictures of a page
+PICTURES = 6_500_000  # bytes of all pictures of a page
 BEST_PSNR = 50.0  # dB, the end of the scale of a bar: higher cannot be told apart by eye
 COLUMNS = 5  # of settings in which runs differ
 
