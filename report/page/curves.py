@@ -224,7 +224,7 @@ def _psnr_drawing(
     for k, (label, points) in enumerate(lines):
         nulls, scores = [], []
         for x, value, run in points:
-            null, psnr, at = run.summary.get("null"), run.summary["psnr"], place[x]
+            null, psnr, at = run.summary.get("null"), run.summary["psnr"], place[x] + _shift(k, len(lines))
             where = f"{name} {value}"
             if null:
                 nulls.append(Point(at, null["psnr"]["mean"], f"{where}: null {exact(null['psnr']['mean'])} dB"))
@@ -251,7 +251,7 @@ def _share_drawing(
     for k, (label, points) in enumerate(lines):
         shares, nulls, bounds = [], [], []
         for x, value, run in points:
-            s, at, where = run.summary, place[x], f"{name} {value}"
+            s, at, where = run.summary, place[x] + _shift(k, len(lines)), f"{name} {value}"
             found = s["identified"] if key == "identified" else (s.get("recovered") or {}).get(key)
             null = s.get("null")
             chance = null["recovered"] if null else None
@@ -271,6 +271,11 @@ def _share_drawing(
         series.append(Series(f"bound{after}", bounds, (k + 2) % len(COLORS), "dots"))
     what = "Identified" if key == "identified" else f"Recovered (≥ {key} dB)"
     return Chart(f"{what} over {name}", name, "share, 95%", series, ticks=ticks, y_range=(0, 1))
+
+
+def _shift(k: int, count: int) -> float:
+    """How far line k of `count` stands beside its place, so that intervals do not hide each other."""
+    return 0.0 if count == 1 else 0.1 * (2 * k / (count - 1) - 1)
 
 
 def _labels(runs: Sequence[Run], without: set[str]) -> list[str]:

@@ -423,7 +423,7 @@ def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
             f"<dd>{escape(pair.right or 'none')}</dd></dl>{caption}</figure>"
         )
     width, height = pair.size
-    size = f'width="{width}" height="{height}" loading="lazy" decoding="async"'
+    size = f'width="{width}" height="{height}" decoding="async"'
     right = (
         f'<img src="{pair.right}" alt="reconstruction" {size}>'
         if pair.right

@@ -93,11 +93,7 @@ const show = (index) => {
     const source = one(`.${side}`, pairs[current]);
     const frame = document.createElement("div");
     frame.className = side;
-    for (const child of source.children) {
-      const copy = child.cloneNode(true);
-      copy.removeAttribute("loading");
-      frame.append(copy);
-    }
+    for (const child of source.children) frame.append(child.cloneNode(true));
     holder.append(frame);
   }
   one("#lightbox-caption").textContent = pairs[current].dataset.caption;
