@@ -10,7 +10,7 @@ from core.errors import UsageError
 from report.compare import compare_folders
 from report.page import write_page
 from report.tables import METRIC_HELP
-from utils.flags import FlagError, Parser
+from utils.flags import FlagError, Parser, as_flags
 from utils.terminal import prepare_streams, printable
 
 WIDTH = 80
@@ -24,7 +24,7 @@ def parser() -> Parser:
     ]
     found = Parser(
         prog="python -m report",
-        description="One table over finished runs, the settings in which they differ and the metrics; or one HTML page.",
+        description="One table over finished runs: the settings in which they differ, then the metrics; or a page.",
         epilog="\n".join(["metrics:", *metrics]),
     )
     found.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -52,7 +52,7 @@ def main() -> None:
             if given.to is not None:
                 comparison.write(given.to)
     except (UsageError, FlagError) as error:
-        _fail(str(error))
+        _fail(as_flags(str(error)))
     except OSError as error:
         _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
     for folder in unfinished:

@@ -57,7 +57,8 @@ def grid(
             _caption(below, f"{rows[i]['psnr']:.1f} dB")
         for line in range(2 * lines):
             ax, name = axes[line, 0], ("truth", "rebuilt")[line % 2]
-            ax.text(-0.08, 0.5, name, rotation=90, va="center", ha="right", transform=ax.transAxes)
+            color = (style.TRUTH, style.REBUILT)[line % 2][0]
+            ax.text(-0.08, 0.5, name, color=color, rotation=90, va="center", ha="right", transform=ax.transAxes)
         if count < len(truth):
             figure.supxlabel(f"the first {count} of {len(truth)} images", fontsize=style.SMALL)
         style.save(figure, path)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,9 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 
 
+NOT_REPEATED = ("out", "jobs", "backend", "force", "sweep")  # flags that neither change nor find a number
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One run, fully specified: an attack with its hyperparameters, and the flags of the mode."""
@@ -97,6 +101,26 @@ def parse(words: list[str], flags_cls: type, attacks: Registry[Any], program: st
         command = _parse_run(own.replace("-", "_"), rest + extra, flags_cls, attacks, program)
         commands.append(dataclasses.replace(command, swept=point))
     return commands
+
+
+def command_line(mode: str, command: Command) -> str:
+    """The words that repeat one run: every flag and hyperparameter that is not at its default.
+
+    Where results are written and how fast is left out. A value of None cannot be typed and is left out as well.
+    """
+    words = ["python", f"main_{mode}.py", command.attack_name]
+    attack_cls, flags = type(command.attack), command.flags
+    base = paper_values(attack_cls) if flags.paper else attack_cls()
+    for values, defaults, skipped in ((command.attack, base, ()), (flags, type(flags)(), NOT_REPEATED)):
+        for field in dataclasses.fields(values):
+            value, flag = getattr(values, field.name), f"--{field.name.replace('_', '-')}"
+            if value == getattr(defaults, field.name) or value is None or field.name in skipped:
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 def run_script(flags_cls: type[F], run: Any, description: str | None = None) -> None:

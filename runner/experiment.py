@@ -31,7 +31,7 @@ from models.external import is_external
 from models.validation import validate
 from models.winograd import has_bfloat16
 from runner.beliefs import parse as parse_beliefs
-from runner.cli import Command
+from runner.cli import Command, command_line
 from runner.executors import Job, require_ray
 from runner.flags import NOT_IN_KEY
 from runner.store import source_digest
@@ -200,6 +200,7 @@ class Experiment:
     def config(self) -> dict[str, Any]:
         """The key and, for the reader, the other flags, and where and how the run was computed."""
         return self.key() | {
+            "command": command_line(self.mode, self.command),
             "other_flags": {k: v for k, v in dataclasses.asdict(self.flags).items() if k in NOT_IN_KEY},
             "paper": self.attack.citation,
             "threat": self.attack.threat,

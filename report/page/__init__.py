@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.errors import UsageError
 from report.page.load import load_runs
-from report.page.render import headline, is_complete, page
+from report.page.render import details, headline, page
 from utils.files import write_bytes
 
 
@@ -16,7 +16,7 @@ def write_page(paths: Sequence[Path], output: Path, show_victims: bool = False) 
     Raises UsageError if there is no finished run, OSError if the page cannot be written.
     """
     found, left_out = load_runs(paths)
-    runs = [run for run in found if is_complete(run)]
+    runs = {run: text for run in found if (text := details(run)) is not None}
     left_out += [run.folder for run in found if run not in runs]
     if not runs:
         raise UsageError(f"there is no finished run in {', '.join(map(str, paths))}")
@@ -24,4 +24,4 @@ def write_page(paths: Sequence[Path], output: Path, show_victims: bool = False) 
     if not output.parent.is_dir():
         raise UsageError(f"`output`: there is no folder {output.parent}")
     write_bytes(output, text.encode("utf-8", "replace"))
-    return headline(runs), left_out
+    return headline([*runs]), left_out

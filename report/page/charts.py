@@ -5,12 +5,12 @@ Every point carries the text that states its exact values. Colours are the CSS v
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from report.style import COLORS
 
-WIDTH, HEIGHT = 460, 250
+WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 42
 
 
@@ -28,17 +28,18 @@ class Point:
 @dataclass(frozen=True)
 class Series:
     """Points under one name. color: index of a colour; None for the grey of references. look: "line", "dots" (no line),
-    or "dashed" (a reference: dashed line with hollow marks)."""
+    or "dashed" (a reference: dashed line with hollow marks). each: what stands before the text of each point."""
 
     name: str
     points: Sequence[Point]
     color: int | None = 0
     look: str = "line"
+    each: str = ""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing. references: (y, name) of horizontal dashed lines. ticks: (x, name) instead of numbers below the axis."""
+    """One drawing. references: (y, name) of dashed lines. ticks: (x, name) below the axis in the place of numbers."""
 
     title: str
     x_label: str
@@ -49,12 +50,11 @@ class Chart:
     logarithmic: bool = False
     y_range: tuple[float, float] | None = None
     note: str = ""
-    hidden_legend: bool = field(default=False)
 
     def html(self) -> str:
         """A figure with a caption and a legend."""
         drawn = [s for s in self.series if s.points]
-        legend = "" if self.hidden_legend else _legend(drawn, self.references)
+        legend = _legend(drawn, self.references)
         note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
         title = escape(self.title)
         return (
@@ -101,7 +101,7 @@ class Chart:
         y_ticks = _log_ticks(low, high) if self.logarithmic else _ticks(low, high)
         bottom, top = warp(min(low, y_ticks[0][0])), warp(max(high, y_ticks[-1][0]))
         left, right = min(xs), max(xs)
-        margin = 0.35 if self.ticks else 0.0
+        margin = 0.35 if self.ticks else 0.5 if all(s.look == "dots" for s in series) else 0.0
         left, right = (left - margin, right + margin) if right + margin > left - margin else (left - 1, right + 1)
 
         def to_x(value: float) -> float:
@@ -135,32 +135,37 @@ def exact(value: float) -> str:
 
 
 def _drawn(series: Series, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:
-    """A series: its line, intervals and marks; texts of the points are separated by line feeds."""
-    color = "ref" if series.color is None else f"c{series.color % len(COLORS)}"
+    """A series: its line, intervals and marks; texts of the points are separated by line feeds.
+
+    Marks are strokes of no length with round ends, two on top of each other for hollow ones: one path holds them all.
+    """
     placed = [(to_x(p.x), to_y(p.y), p) for p in series.points]
-    coordinates = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed)
     parts = []
     if series.look != "dots" and len(placed) > 1:
-        parts.append(f'<polyline points="{coordinates}"/>')
-    for x, _, p in placed:
-        if p.low is not None and p.high is not None:
-            parts.append(f'<path class="whisker" d="M{x:.1f} {to_y(p.low):.1f}V{to_y(p.high):.1f}"/>')
-    if len(placed) <= 400 and (series.look != "line" or len(placed) <= 12):
-        radius = 3.2 if series.look != "dots" else 2.6
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>' for x, y, _ in placed]
+        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed)}"/>')
+    limits = [(x, to_y(p.low), to_y(p.high)) for x, _, p in placed if p.low is not None and p.high is not None]
+    if limits:
+        parts.append(
+            f'<path class="whisker" d="{"".join(f"M{x:.1f} {low:.1f}V{high:.1f}" for x, low, high in limits)}"/>'
+        )
+    if series.look != "line" or len(placed) <= 12:
+        marks = "".join(f"M{x:.1f},{y:.1f}h0" for x, y, _ in placed)
+        parts.append(f'<path class="marks" d="{marks}"/>')
+        if series.look == "dashed" or (series.look == "dots" and series.color is None):
+            parts.append(f'<path class="marks hollow" d="{marks}"/>')
     texts = escape("\n".join(p.text for p in series.points)).replace("\n", "&#10;")
+    name = escape(f"{series.name}{series.each}")
     return (
-        f'<g class="series {series.look} {color}" data-name="{escape(series.name)}" data-at="{coordinates}" '
-        f'data-texts="{texts}">{"".join(parts)}</g>'
+        f'<g class="series {series.look} {_color(series)}" data-name="{name}" data-texts="{texts}">{"".join(parts)}</g>'
     )
 
 
+def _color(series: Series) -> str:
+    return "ref" if series.color is None else f"c{series.color % len(COLORS)}"
+
+
 def _legend(series: Sequence[Series], references: Sequence[tuple[float, str]]) -> str:
-    entries = [
-        f'<li class="{"ref" if s.color is None else f"c{s.color % len(COLORS)}"} {s.look}"><i></i>{escape(s.name)}</li>'
-        for s in series
-        if s.name
-    ]
+    entries = [f'<li class="{_color(s)} {s.look}"><i></i>{escape(s.name)}</li>' for s in series if s.name]
     entries += [f'<li class="ref dashed"><i></i>{escape(name)}</li>' for _, name in references]
     return f'<ul class="legend">{"".join(entries)}</ul>' if entries else ""
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from evaluation.summary import RECOVERED_PSNR
 from report.page.charts import Chart, Point, Series, exact
-from report.page.load import Run, family
+from report.page.load import Run, differing, strengths
 from report.style import COLORS
 
-TRACES, TRACE_POINTS = 6, 64  # curves of a run, points of a curve
-IMAGES = 200  # dots of a run
+TRACES, TRACE_POINTS = 4, 40  # curves of a run, points of a curve
+MARKS = 60  # images or rounds of a run that are drawn
 LINES = 6  # of a drawing of several runs
 FAMILIES = 24  # lines over one setting that are drawn
 
@@ -23,9 +23,9 @@ def images_chart(run: Run) -> Chart | None:
     rows = sorted(run.rows, key=lambda row: -row["psnr"])
     if not rows:
         return None
-    shown = [rows[i] for i in _evenly(len(rows), IMAGES)]
+    shown = [rows[i] for i in _evenly(len(rows), MARKS)]
     own, nulls = [], []
-    for place, row in zip(_evenly(len(rows), IMAGES), shown, strict=True):
+    for place, row in zip(_evenly(len(rows), MARKS), shown, strict=True):
         where = f"trial {row.get('trial', 0)}, image {row.get('image', 0)}"
         missed = ", missed" if row.get("match") is None else ""
         own.append(Point(place + 1, row["psnr"], f"{where}: {exact(row['psnr'])} dB{missed}"))
@@ -78,10 +78,12 @@ def objective_chart(run: Run) -> Chart | None:
     for k, trial in enumerate(shown):
         trace = _finite(trial["trace"])
         points = [
-            Point(trace[i][0], trace[i][1], f"iteration {trace[i][0]:g}: {exact(trace[i][1])}")
+            Point(trace[i][0], trace[i][1], f"{trace[i][0]:g}: {exact(trace[i][1])}")
             for i in _evenly(len(trace), TRACE_POINTS)
         ]
-        series.append(Series(f"update {trial.get('trial', k)} ({trial.get('status', '-')})", points, k))
+        series.append(
+            Series(f"update {trial.get('trial', k)} ({trial.get('status', '-')})", points, k, each=", iteration")
+        )
     values = [p.y for s in series for p in s.points]
     references = []
     for key, name in (("truth", "the true images (oracle, median)"), ("baseline", "the mean public image (median)")):
@@ -114,10 +116,12 @@ def rounds_chart(run: Run) -> Chart | None:
     if len(rounds) < 2:
         return None
     series = []
+    numbers = sorted(rounds)
+    drawn = [numbers[i] for i in _evenly(len(numbers), MARKS)]
     for key, name, color, look in (("psnr", "reconstruction", 1, "line"), ("null_psnr", "null", None, "dashed")):
         points = []
-        for number, rows in sorted(rounds.items()):
-            values = [row[key] for row in rows if row.get(key) is not None]
+        for number in drawn:
+            values = [row[key] for row in rounds[number] if row.get(key) is not None]
             if values:
                 mean = sum(values) / len(values)
                 points.append(Point(number + 1, mean, f"round {number + 1}: {exact(mean)} dB, {len(values)} images"))
@@ -134,7 +138,8 @@ def accuracy_chart(run: Run) -> Chart | None:
     ]
     if len(points) < 2:
         return None
-    return Chart("Test accuracy over rounds", "round", "accuracy", [Series("", points, 0)], y_range=(0, 1))
+    drawn = [points[i] for i in _evenly(len(points), MARKS)]
+    return Chart("Test accuracy over rounds", "round", "accuracy", [Series("", drawn, 0)], y_range=(0, 1))
 
 
 def comparison_charts(runs: Sequence[Run]) -> list[tuple[str, list[Chart]]]:
@@ -174,25 +179,26 @@ def _lines_over(runs: Sequence[Run], name: str) -> list[Line]:
 
 
 def _lines_over_defenses(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """By defence with one number: lines over this number, which start at the run without a defence."""
-    groups: dict[str, dict[str, list[Run]]] = {}
+    """By defence with one number left open: lines over this number, which start at the run without a defence.
+
+    A defence with several numbers needs two runs that differ in one of them; a defence with one number needs one run.
+    """
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        others = str({key: value for key, value in run.settings.items() if key != "defense"})
-        found = family(run.defense)
-        pattern = "none" if run.defense == "none" else found[0] if found else None
-        if pattern is not None:
-            groups.setdefault(others, {}).setdefault(pattern, []).append(run)
+        groups.setdefault(str({key: v for key, v in run.settings.items() if key != "defense"}), []).append(run)
     chosen: dict[str, list[list[tuple[float, str, Run]]]] = {}
-    for families in groups.values():
-        undefended = families.pop("none", [])
-        for pattern, members in families.items():
-            strengths = [(float(found[1]), run) for run in members if (found := family(run.defense))]
-            points = [(x, f"{x:g}", run) for x, run in sorted(strengths, key=lambda p: p[0])]
-            line = [(-math.inf, "none", run) for run in undefended] + points
-            if len({x for x, *_ in line}) > 1:
-                chosen.setdefault(pattern, []).append(line)
+    for group in groups.values():
+        undefended = [(-math.inf, "none", run) for run in group if run.defense == "none"]
+        families: dict[str, list[tuple[float, str, Run]]] = {}
+        for run in group:
+            for pattern, strength in strengths(run.defense):
+                families.setdefault(pattern, []).append((strength, f"{strength:g}", run))
+        for pattern, points in families.items():
+            several = len({x for x, *_ in points}) > 1
+            if several or (undefended and len(strengths(points[0][2].defense)) == 1):
+                chosen.setdefault(pattern, []).append(undefended + sorted(points, key=lambda p: p[0]))
     return {
-        pattern: list(zip(_labels([line[0][2] for line in lines], {"defense"}), lines, strict=True))
+        pattern: list(zip(_labels([line[-1][2] for line in lines], {"defense"}), lines, strict=True))
         for pattern, lines in chosen.items()
     }
 
@@ -218,8 +224,8 @@ def _psnr_drawing(
     for k, (label, points) in enumerate(lines):
         nulls, scores = [], []
         for x, value, run in points:
-            null, psnr, at = run.summary.get("null"), run.summary["psnr"], place[x]
-            where = f"{run.attack}, {name} {value}"
+            null, psnr, at = run.summary.get("null"), run.summary["psnr"], place[x] + _shift(k, len(lines))
+            where = f"{name} {value}"
             if null:
                 nulls.append(Point(at, null["psnr"]["mean"], f"{where}: null {exact(null['psnr']['mean'])} dB"))
             if psnr:
@@ -231,8 +237,8 @@ def _psnr_drawing(
     means = [p.y for s in series for p in s.points]
     interval = (min(means), max(means)) if means else (0.0, 1.0)  # intervals of few units would hide the means
     spread = max(interval[1] - interval[0], 5.0)
-    limits = (max(0.0, interval[0] - 0.6 * spread), min(100.0, interval[1] + 0.6 * spread))
-    return Chart(f"PSNR over {name}", name, "PSNR (dB), 95%", series, ticks=ticks, note=note, y_range=limits)
+    shown = (max(0.0, interval[0] - 0.6 * spread), min(100.0, interval[1] + 0.6 * spread))
+    return Chart(f"PSNR over {name}", name, "PSNR (dB), 95%", series, ticks=ticks, note=note, y_range=shown)
 
 
 def _share_drawing(
@@ -245,11 +251,12 @@ def _share_drawing(
     for k, (label, points) in enumerate(lines):
         shares, nulls, bounds = [], [], []
         for x, value, run in points:
-            s, at, where = run.summary, place[x], f"{run.attack}, {name} {value}"
+            s, at, where = run.summary, place[x] + _shift(k, len(lines)), f"{name} {value}"
             found = s["identified"] if key == "identified" else (s.get("recovered") or {}).get(key)
             null = s.get("null")
-            chance = found["chance"] if key == "identified" else null["recovered"] if null else None
+            chance = null["recovered"] if null else None
             if found:
+                chance = found.get("chance", chance)
                 text = f"{where}: {exact(found['share'])} [{exact(found['low'])}, {exact(found['high'])}]"
                 shares.append(Point(at, found["share"], text, found["low"], found["high"]))
             if chance is not None:
@@ -266,17 +273,22 @@ def _share_drawing(
     return Chart(f"{what} over {name}", name, "share, 95%", series, ticks=ticks, y_range=(0, 1))
 
 
+def _shift(k: int, count: int) -> float:
+    """How far line k of `count` stands beside its place, so that intervals do not hide each other."""
+    return 0.0 if count == 1 else 0.1 * (2 * k / (count - 1) - 1)
+
+
 def _labels(runs: Sequence[Run], without: set[str]) -> list[str]:
-    """What sets these runs apart, except for some settings; the attack first. Hyperparameters of the same attack only."""
-    attacks = {run.attack for run in runs}
-    shared = [k for k in runs[0].settings if all(k in r.settings for r in runs)] if runs else []
-    names = [k for k in shared if k not in without and len({str(run.settings[k]) for run in runs}) > 1]
-    if len(attacks) == 1 and not names:
-        return [runs[0].attack if len(runs) == 1 else f"{run.attack} {run.number}" for run in runs]
-    return [
-        ", ".join(str(run.settings[k]) if k in ("attack", "mode") else f"{k} {run.settings[k]}" for k in names)
-        for run in runs
+    """What sets these runs apart, except for some settings; hyperparameters only if they are all of one attack."""
+    if not runs:
+        return []
+    several = len({run.attack for run in runs}) > 1
+    own = {name.replace("_", "-") for run in runs for name in run.config["hyperparameters"]} if several else set()
+    names = [name for name in differing(runs) if name not in without | own]
+    parts = [
+        [value if k in ("attack", "mode") else f"{k} {value}" for k in names if (value := r.settings[k])] for r in runs
     ]
+    return [", ".join(map(str, part)) or run.attack for part, run in zip(parts, runs, strict=True)]
 
 
 def _evenly(count: int, most: int) -> list[int]:

@@ -44,7 +44,8 @@ def pairs_of(folder: Path, rows: Sequence[Row], budget: int) -> list[Pair]:
             above, below = file.get_slice("truth"), file.get_slice("reconstruction")
             if above.get_shape() != below.get_shape() or above.get_shape()[0] != len(rows):
                 return []
-            pairs, spent = [], 0
+            pairs: list[Pair] = []
+            spent = 0
             for index, rank in _chosen(rows):
                 row = rows[index]
                 rebuilt = None if row.get("match") is None else below[index : index + 1][0]
@@ -59,7 +60,7 @@ def pairs_of(folder: Path, rows: Sequence[Row], budget: int) -> list[Pair]:
 
 
 def png(example: Tensor) -> str:
-    """The `data:` URI of an image (C, H, W) with pixels in [0, 1]; other than 1 or 3 channels are shown as their mean."""
+    """The `data:` URI of an image (C, H, W) with pixels in [0, 1]; of other than 1 or 3 channels, of their mean."""
     from PIL import Image
 
     pixels = example.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -67,13 +68,17 @@ def png(example: Tensor) -> str:
         pixels = pixels if len(pixels) == 1 else pixels.float().mean(0, keepdim=True).round().to(torch.uint8)
     array = pixels.permute(1, 2, 0).contiguous().numpy()
     out = io.BytesIO()
-    Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).save(out, "PNG", optimize=True)
+    Image.fromarray(array if array.shape[-1] == 3 else array[..., 0]).save(out, "PNG")
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
 def _chosen(rows: Sequence[Row]) -> list[tuple[int, str]]:
     """Positions of the rows to show, with their ranks."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].get("match") is None, -rows[i]["psnr"]))
+
+    def exposure(i: int) -> tuple[bool, float, float]:  # of equal scores, the one that is harder to guess comes first
+        return rows[i].get("match") is None, -rows[i]["psnr"], rows[i].get("null_psnr") or 0.0
+
+    order = sorted(range(len(rows)), key=exposure)
     if not order:
         return []
     ranked = {order[0]: "most exposed"}

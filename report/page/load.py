@@ -18,7 +18,7 @@ NOT_VARIED = frozenset({"seed", "trials", "threads", "thresholds", "victims"})
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a run is equal to itself alone
 class Run:
     """One finished run: the objects in its files.
 
@@ -112,10 +112,11 @@ def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Path]]:
     return runs, left_out
 
 
-def family(defense: str) -> tuple[str, float] | None:
-    """(name with a gap, strength) of a defence with one number: gauss(sigma=0.1) -> ("gauss(sigma=…)", 0.1)."""
-    numbers = NUMBER.findall(defense)
-    return (NUMBER.sub("…", defense), float(numbers[0])) if len(numbers) == 1 else None
+def strengths(defense: str) -> list[tuple[str, float]]:
+    """(name with a gap, number) for each number of a defence: gauss(sigma=0.1) -> [("gauss(sigma=…)", 0.1)]."""
+    return [
+        (f"{defense[: found.start()]}…{defense[found.end() :]}", float(found[0])) for found in NUMBER.finditer(defense)
+    ]
 
 
 def differing(runs: Sequence[Run], names: Sequence[str] | None = None) -> list[str]:

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from report import style, tables
 from report.page import curves
 from report.page.charts import Chart, bar
 from report.page.images import Pair, pairs_of
-from report.page.load import Run, differing, family
+from report.page.load import Run, differing, strengths
 
-PICTURES = 9_000_000  # bytes of all pictures of a page
+PICTURES = 6_500_000  # bytes of all pictures of a page
 BEST_PSNR = 50.0  # dB, the end of the scale of a bar: higher cannot be told apart by eye
 COLUMNS = 5  # of settings in which runs differ
 
@@ -33,20 +33,36 @@ VERDICTS = {
 }
 HERE = Path(__file__).parent
 
+# what a run is sorted and filtered by
+PLACES: dict[str, Callable[[Run], str]] = {
+    "mode": lambda run: run.mode,
+    "defence": lambda run: run.defense,
+    "data": lambda run: run.dataset,
+    "model": lambda run: run.model,
+}
+KEYS: dict[str, Callable[[Run], str]] = {
+    "attack": lambda run: run.attack,
+    **PLACES,
+    "verdict": lambda run: run.verdict,
+}
 
-def is_complete(run: Run) -> bool:
-    """Whether the records of a run have everything that the page shows; earlier versions wrote less."""
+
+def details(run: Run) -> str | None:
+    """What an article says below the pictures; None if the records lack something: earlier versions wrote less."""
     try:
-        "".join(_article(run, None, ()))
         "".join(_cells(run, None, _columns([run], ()), ()))
-        return run.leakage is not None
+        found = "".join(_details(run))
+        return found if run.leakage and tables.verdict(run.summary) else None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
-        return False
+        return None
 
 
-def page(runs: Sequence[Run], left_out: Sequence[Path], show_victims: bool) -> str:
-    """One HTML document, which loads nothing from anywhere. The runs are complete, and there is at least one."""
-    pictures = gather_pictures(runs, show_victims)
+def page(runs: Mapping[Run, str], left_out: Sequence[Path], show_victims: bool) -> str:
+    """One HTML document, which loads nothing from anywhere.
+
+    runs: at least one, with its details. left_out: folders without a run that can be shown.
+    """
+    pictures = gather_pictures([*runs], show_victims)
     script = (HERE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -56,14 +72,14 @@ def page(runs: Sequence[Run], left_out: Sequence[Path], show_victims: bool) -> s
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(headline(runs))} · Federated Privacy Attack</title>\n"
+        f"<title>{escape(headline([*runs]))} · Federated Privacy Attack</title>\n"
         f"<style>{_colors()}{(HERE / 'style.css').read_text(encoding='utf-8')}</style>\n</head>\n"
         f"<body>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
 def gather_pictures(runs: Sequence[Run], show_victims: bool) -> dict[int, list[Pair]]:
-    """The pairs of each run by its number. Pictures of an audit are private: only `show_victims` puts them on a page."""
+    """The pairs of each run by its number. Pictures of an audit are private and left out without `show_victims`."""
     shown = [run for run in runs if show_victims or not run.is_audit]
     budget = PICTURES // max(len(shown), 1)
     return {run.number: pairs_of(run.folder, run.rows, budget) for run in shown}
@@ -105,7 +121,8 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def _body(runs: Sequence[Run], left_out: Sequence[Path], pictures: Mapping[int, list[Pair]]) -> Iterator[str]:
+def _body(found: Mapping[Run, str], left_out: Sequence[Path], pictures: Mapping[int, list[Pair]]) -> Iterator[str]:
+    runs = [*found]
     ranked = sorted(runs, key=lambda run: run.leakage, reverse=True)
     varied = _varied(runs)
     yield '<a class="skip" href="#runs">Skip to the table of runs</a>'
@@ -122,6 +139,7 @@ def _body(runs: Sequence[Run], left_out: Sequence[Path], pictures: Mapping[int, 
         yield '<h2 id="each-title">The run</h2>'
     for run in ranked:
         yield from _article(run, pictures.get(run.number), varied)
+        yield f"{found[run]}</article>"
     yield "</section>"
     yield from _glossary()
     yield from _left_out(left_out)
@@ -152,15 +170,8 @@ def _hero(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]]) -> Iterator
 
 def _table(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]], varied: Sequence[str]) -> Iterator[str]:
     yield '<section id="runs" aria-labelledby="runs-title"><h2 id="runs-title">All runs</h2>'
-    filters = {
-        "attack": {run.attack for run in ranked},
-        "mode": {run.mode for run in ranked},
-        "defence": {run.defense for run in ranked},
-        "data": {run.dataset for run in ranked},
-        "model": {run.model for run in ranked},
-        "verdict": {run.verdict for run in ranked},
-        **{name: {str(run.settings.get(name, "-")) for run in ranked} for name in varied},
-    }
+    filters = {name: {value(run) for run in ranked} for name, value in KEYS.items()}
+    filters |= {name: {_setting(run, name) for run in ranked} for name in varied}
     yield '<form class="filters" role="search" aria-label="Filter the runs">'
     for name, values in filters.items():
         if len(values) > 1 or name in ("attack", "mode", "defence", "data"):
@@ -176,7 +187,10 @@ def _table(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]], varied: Se
     yield '<button type="reset">Show all</button></form>'
     yield f'<p class="count" role="status" aria-live="polite" data-count>{len(ranked)} of {len(ranked)} runs</p>'
     yield '<div class="scroll" tabindex="0" role="region" aria-label="Table of runs"><table class="runs" role="table">'
-    yield "<caption>Sorted by leakage. Bars show the mean with its 95% interval; the upright mark is the null.</caption>"
+    same = [f"{name} {value(ranked[0])}" for name, value in PLACES.items() if name not in dict(columns)]
+    common = f" All runs: {', '.join(same)}." if same else ""
+    yield "<caption>The most exposing run first. Bars: the mean and its 95% interval; the upright mark is the null, or "
+    yield f"chance.{escape(common)}</caption>"
     yield '<thead role="rowgroup"><tr role="row">'
     for i, (name, help_text) in enumerate(columns):
         if name == "pictures":
@@ -189,15 +203,7 @@ def _table(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]], varied: Se
         )
     yield '</tr></thead><tbody role="rowgroup">'
     for run in ranked:
-        keys = {
-            "attack": run.attack,
-            "mode": run.mode,
-            "defence": run.defense,
-            "data": run.dataset,
-            "model": run.model,
-            "verdict": run.verdict,
-            **{name: str(run.settings.get(name, "-")) for name in varied},
-        }
+        keys = {name: value(run) for name, value in KEYS.items()} | {name: _setting(run, name) for name in varied}
         yield f'<tr role="row" data-run="{run.number}" data-keys="{escape(json.dumps(keys))}">'
         yield from _cells(run, pictures.get(run.number), columns, varied)
         yield "</tr>"
@@ -207,14 +213,11 @@ def _table(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]], varied: Se
 def _columns(runs: Sequence[Run], varied: Sequence[str]) -> list[tuple[str, str]]:
     """(name, help) of the columns."""
     helps = {entry.key: entry.help for entry in tables.ENTRIES}
-    columns = [("verdict", ""), ("pictures", ""), ("attack", ""), ("mode", ""), ("data", ""), ("model", "")]
-    columns += [("defence", ""), *((name, "setting in which the runs differ") for name in varied)]
-    columns += [
-        ("recovered", helps["success_rate"]),
-        ("PSNR (dB)", helps["psnr"]),
-        ("null (dB)", helps["null"]),
-        ("above null (dB)", helps["over_null"]),
-    ]
+    columns = [("verdict", ""), ("pictures", ""), ("attack", "")]
+    columns += [("recovered", helps["success_rate"]), ("PSNR (dB)", helps["psnr"])]
+    columns += [(name, "") for name, value in PLACES.items() if len({value(run) for run in runs}) > 1]
+    columns += [(name, "setting in which the runs differ") for name in varied]
+    columns.append(("above null (dB)", helps["over_null"]))
     if any(run.summary.get("identified") for run in runs):
         columns.append(("identified", helps["identified"]))
     if any(run.summary.get("identified_bound") is not None for run in runs):
@@ -230,17 +233,14 @@ def _cells(
     s = run.summary
     psnr, null, gain, identified = s.get("psnr"), s.get("null"), s.get("over_null"), s.get("identified")
     recovered = (s.get("recovered") or {}).get(f"{RECOVERED_PSNR:g}")
-    null_recovered = null["recovered"] if null else None
+    null_recovered, null_psnr = (null["recovered"], null["psnr"]["mean"]) if null else (None, None)
     share = s.get("success_rate")
     values: dict[str, tuple[Any, str]] = {
         "verdict": (-run.leakage[0], f'<a href="#run-{run.number}">{_badge(run.verdict)}</a>'),
         "pictures": (None, _thumbnails(run, pairs)),
-        "attack": (run.attack, escape(run.attack)),
-        "mode": (run.mode, escape(run.mode)),
-        "data": (run.dataset, escape(run.dataset)),
-        "model": (run.model, escape(run.model)),
-        "defence": (run.defense, escape(run.defense)),
-        **{name: (run.settings.get(name, ""), escape(str(run.settings.get(name, "-")))) for name in varied},
+        "attack": (run.attack, f'<a href="#run-{run.number}">{escape(run.attack)}</a>'),
+        **{name: (value(run), escape(value(run))) for name, value in PLACES.items()},
+        **{name: (_setting(run, name).replace("-", "", 1), escape(_setting(run, name))) for name in varied},
         "recovered": (
             share,
             "-"
@@ -252,10 +252,9 @@ def _cells(
             psnr and psnr["mean"],
             "-"
             if not psnr
-            else bar(psnr["mean"], *_limits(psnr), null["psnr"]["mean"] if null else None, BEST_PSNR)
-            + f"<span>{tables.mean_std({**psnr})}</span>",
+            else bar(psnr["mean"], *_limits(psnr), null_psnr, BEST_PSNR)
+            + f"<span>{_psnr(psnr)}{f', null {null_psnr:.1f}' if null_psnr is not None else ''}</span>",
         ),
-        "null (dB)": (null and null["psnr"]["mean"], tables.number(null["psnr"]["mean"]) if null else "-"),
         "above null (dB)": (gain and gain["mean"], tables.interval(gain)),
         "identified": (
             identified and identified["share"],
@@ -321,11 +320,8 @@ def _advice(group: Sequence[Run]) -> str:
         recovered = "" if share is None else f" ({share:.0%} of the images recovered)"
         parts.append(f"Without a defence: {verdict}{recovered}.")
     if quiet:
-        found = [(family(run.defense), run) for run in quiet]
-        names = [
-            run.defense for _, run in sorted(found, key=lambda f: (f[0][0], f[0][1]) if f[0] else (f[1].defense, 0))
-        ]
-        parts.append(f"No leak was found by this attack with {', '.join(dict.fromkeys(names))}.")
+        names = dict.fromkeys(run.defense for run in sorted(quiet, key=lambda run: strengths(run.defense)))
+        parts.append(f"No leak was found by this attack with {', '.join(names)}.")
     if leaking:
         parts.append(f"It still leaks with {', '.join(dict.fromkeys(run.defense for run in leaking))}.")
     return " ".join(parts) + " Another attack, or one that is given more time, may find more."
@@ -337,8 +333,8 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
         return
     yield '<section id="curves" aria-labelledby="curves-title"><h2 id="curves-title">Leakage over settings</h2>'
     yield (
-        "<p>Runs that differ in one setting are joined. Solid: the reconstructions, with 95% intervals. Dashed: the null "
-        "or chance, which knows nothing of the update. Dots without a line: the bound by differential privacy.</p>"
+        "<p>A line joins runs that differ in one setting. Solid: the reconstructions, with 95% intervals. Dashed: the "
+        "null or chance, without the update. Dots without a line: the bound by differential privacy.</p>"
     )
     for _, drawings in found:
         yield f'<div class="charts">{"".join(chart.html() for chart in drawings)}</div>'
@@ -346,15 +342,21 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _article(run: Run, pairs: Sequence[Pair] | None, varied: Sequence[str]) -> Iterator[str]:
+    """The beginning of a run's article, which its details end."""
     s = run.summary
     number = run.number
     yield f'<article class="run" id="run-{number}" data-run="{number}" aria-labelledby="title-{number}">'
-    settings = ", ".join(f"{name} {run.settings[name]}" for name in varied if name in run.settings)
+    settings = ", ".join(f"{name} {value}" for name in varied if (value := _setting(run, name)) != "-")
     yield f'<header><h3 id="title-{number}">{escape(_title(run))}</h3>{_badge(run.verdict)}</header>'
     if settings:
         yield f'<p class="settings">{escape(settings)}</p>'
     yield f'<p class="sentence">{escape(tables.verdict(s))}</p>'
     yield from _gallery(run, pairs)
+
+
+def _details(run: Run) -> Iterator[str]:
+    """Drawings, numbers, the attacker and the command."""
+    s = run.summary
     charts: list[Chart | None] = [
         curves.images_chart(run),
         curves.shares_chart(run),
@@ -372,7 +374,6 @@ def _article(run: Run, pairs: Sequence[Pair] | None, varied: Sequence[str]) -> I
     yield from _attacker(run)
     yield "</div></div>"
     yield from _repeat(run)
-    yield "</article>"
 
 
 def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
@@ -411,7 +412,8 @@ def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
     rank = f'<span class="rank">{pair.rank}</span>' if pair.rank else ""
     name = "" if run.is_audit or "file" not in row else f" · {row['file']}"
     caption = (
-        f'<figcaption>{rank}<span class="score {"yes" if recovered else "no"}"><strong>{score}</strong> {quality}</span>'
+        f'<figcaption>{rank}<span class="score {"yes" if recovered else "no"}"><strong>{score}</strong> '
+        f"{quality}</span>"
         f"{bar(row['psnr'], None, None, null, BEST_PSNR)}"
         f'<span class="where">{beside}{" · " if beside else ""}{escape(where + name)}</span></figcaption>'
     )
@@ -421,18 +423,20 @@ def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
             f"<dd>{escape(pair.right or 'none')}</dd></dl>{caption}</figure>"
         )
     width, height = pair.size
-    size = f'width="{width}" height="{height}" loading="lazy" decoding="async"'
+    size = f'width="{width}" height="{height}" decoding="async"'
     right = (
-        f'<img src="{pair.right}" alt="reconstruction, {score}" {size}>'
+        f'<img src="{pair.right}" alt="reconstruction" {size}>'
         if pair.right
         else '<span class="nothing">no reconstruction</span>'
     )
     label = escape(f"Enlarge {pair.rank or 'pair'}: {_title(run)}, {where}, {score}")
+    tag = '<span class="tag" aria-hidden="true">'
+    words = " · ".join(part for part in (_title(run), where, f"{score}, {quality}", beside) if part)
     return (
-        f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" aria-label="{label}" '
-        f'data-caption="{escape(f"{_title(run)} · {where} · {score}, {quality}" + (f" · {beside}" if beside else ""))}">'
-        f'<span class="truth"><img src="{pair.left}" alt="truth" {size}><span class="tag">truth</span></span>'
-        f'<span class="rebuilt">{right}<span class="tag">reconstruction</span></span></button>{caption}</figure>'
+        f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" '
+        f'data-caption="{escape(words)}"><span class="aside">{label}</span>'
+        f'<span class="truth"><img src="{pair.left}" alt="truth" {size}>{tag}truth</span></span>'
+        f'<span class="rebuilt">{right}{tag}reconstruction</span></span></button>{caption}</figure>'
     )
 
 
@@ -479,7 +483,8 @@ def _attacker(run: Run) -> Iterator[str]:
 def _repeat(run: Run) -> Iterator[str]:
     words = command(run)
     yield '<h4>Repeat this run</h4><div class="command"><pre tabindex="0"><code>'
-    yield f'{escape(words)}</code></pre><button type="button" data-copy aria-label="Copy the command">Copy</button></div>'
+    yield f"{escape(words)}</code></pre>"
+    yield '<button type="button" data-copy aria-label="Copy the command">Copy</button></div>'
     config = run.config
     origin = {
         "paper": config.get("paper"),
@@ -499,7 +504,8 @@ def _glossary() -> Iterator[str]:
         "<p><strong>leaks</strong>: the reconstructions are nearer to their victims than to other examples of the same "
         "labels, or identify more victims than chance allows. <strong>No leak found</strong> is a sentence about the "
         "attack that ran, not about the update: another attack may find one. The <strong>null</strong> is the score of "
-        "somebody who learns nothing from the update and has the same freedom.</p><details><summary>All metrics</summary><dl>"
+        "somebody who learns nothing from the update and has the same freedom.</p>"
+        "<details><summary>All metrics</summary><dl>"
     )
     for label, text in tables.METRIC_HELP.items():
         yield f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>"
@@ -547,9 +553,23 @@ def _varied(runs: Sequence[Run]) -> list[str]:
         flags = {name.replace("_", "-") for run in runs for name in run.config["flags"]} | {"local steps"}
         names += differing([run for run in runs if run.mode == mode], sorted(flags))
     own = {"attack", "mode", "dataset", "model", "defense"}
+    if "local steps" in names:
+        own.add("local-epochs")
     first = ("local steps", "batch-size", "client-images", "pretrain-epochs", "model-mode", "norm", "dropout")
     chosen = dict.fromkeys([*(name for name in first if name in names), *names])
     return [name for name in chosen if name not in own][:COLUMNS]
+
+
+def _psnr(found: Mapping[str, Any]) -> str:
+    """mean [low, high] over units, or the mean alone."""
+    known = found.get("low") is not None and found.get("high") is not None
+    return f"{found['mean']:.2f}" + (f" [{found['low']:.2f}, {found['high']:.2f}]" if known else "")
+
+
+def _setting(run: Run, name: str) -> str:
+    """A setting as the table shows it; a dash where the run does not have it, or leaves it to the default."""
+    value = run.settings.get(name)
+    return "-" if value is None or value == "" else str(value)
 
 
 def _limits(found: Mapping[str, Any] | None) -> tuple[float | None, float | None]:

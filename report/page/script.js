@@ -93,11 +93,7 @@ const show = (index) => {
     const source = one(`.${side}`, pairs[current]);
     const frame = document.createElement("div");
     frame.className = side;
-    for (const child of source.children) {
-      const copy = child.cloneNode(true);
-      copy.removeAttribute("loading");
-      frame.append(copy);
-    }
+    for (const child of source.children) frame.append(child.cloneNode(true));
     holder.append(frame);
   }
   one("#lightbox-caption").textContent = pairs[current].dataset.caption;
@@ -122,9 +118,11 @@ box.addEventListener("keydown", (event) => {
 const prepare = (svg) => {
   svg.series ??= all(".series", svg).map((group) => {
     const texts = group.dataset.texts.split("\n");
-    return group.dataset.at.split(" ").map((at, i) => {
-      const [x, y] = at.split(",").map(Number);
-      return { x, y, text: (group.dataset.name ? `${group.dataset.name}: ` : "") + texts[i] };
+    const drawn = one("polyline", group)?.getAttribute("points") ?? one(".marks", group).getAttribute("d");
+    const name = group.dataset.name;
+    const between = !name ? "" : name.endsWith("iteration") ? " " : ": ";
+    return [...drawn.matchAll(/([\d.-]+),([\d.-]+)/g)].map(([, x, y], i) => {
+      return { x: Number(x), y: Number(y), text: name + between + texts[i] };
     });
   });
   return svg.series;
