@@ -40,7 +40,12 @@ class Lbfgs:
     def state_dict(self) -> dict[str, Any]:
         used = min(self.stored, len(self.pairs))
         history = {"pairs": self.pairs[:used].clone(), "products": self.products[:, :used, :used].clone()}
-        return history | {"stored": self.stored, "iterations": self.iterations, "loss": self.loss, "grad": self.grad.clone()}
+        return history | {
+            "stored": self.stored,
+            "iterations": self.iterations,
+            "loss": self.loss,
+            "grad": self.grad.clone(),
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         used = len(saved["pairs"])
