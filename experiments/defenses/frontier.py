@@ -8,7 +8,7 @@ trains for some rounds under the defence. Runs that have finished are not repeat
 
 Verdicts, by the share of images recovered (the worse of both attackers) over that of the control, each minus the share
 that other images of the same labels would be: broken (at least half), weak (at least a tenth, or more victims are
-identified than by chance), holds (less). Thresholds are fixed here.
+identified than by chance), holds (less). Thresholds are constants here.
 """
 
 import contextlib
