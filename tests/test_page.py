@@ -211,7 +211,20 @@ def test_drawings_hold_exact_values_with_null_and_bound(study: Path, tmp_path: P
             assert f"local steps {run.local_steps}: null {run.summary['null']['psnr']['mean']:.6g}" in drawn
     assert "at most 0.01 by" in drawn and "none: " in drawn and "sigma=…" in " ".join(page.texts)
     assert "\n19: 0.0298" in drawn  # 2 * 0.8^19 + 0.001
-    assert any("true images (oracle" in text for text in page.texts)
+    assert any("at the true images (oracle, median): 0.0005" in text for text in page.texts)
+
+
+def test_an_objective_of_zero_is_said_below_a_logarithmic_axis(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "runs" / "one")
+    trials = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    for trial in trials:
+        trial["objective"]["truth"] = 0.0
+        trial["trace"] = [[k, 10.0**-k] for k in range(6)]
+    (run / "trials.jsonl").write_text("".join(json.dumps(trial) + "\n" for trial in trials))
+    seal(run, SEALED, "done")
+    text = " ".join(Reader(write(tmp_path, run)).texts)
+    assert "Below this axis: at the true images (oracle, median): 0." in text and "1e-5" in text
+    assert "at the mean public image (median): 0.9" in text
 
 
 def test_the_page_says_who_attacked_and_what_to_switch_on(study: Path, tmp_path: Path) -> None:

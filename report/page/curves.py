@@ -91,11 +91,14 @@ def objective_chart(run: Run) -> Chart | None:
         if found and all(_is_number(value) for value in found):
             references.append((statistics.median(found), f"at {name}: {exact(statistics.median(found))}"))
     logarithmic = min(values) > 0 and max(values) / min(values) > 30
+    notes = []
+    if references:
+        notes.append("The attack minimises this curve, which may contain its regulariser; dashed lines are without it.")
     if logarithmic:  # an exact match has no place on this axis
+        notes += [f"Below this axis: {name}." for y, name in references if y <= min(values) / 1000]
         references = [(y, name) for y, name in references if y > min(values) / 1000]
-    note = "The attack minimises this curve, which may contain its regulariser; dashed lines are without it."
     if len(shown) < len(traced):
-        note += f" {len(shown)} of {len(traced)} updates."
+        notes.append(f"{len(shown)} of {len(traced)} updates.")
     return Chart(
         "The attack's objective",
         "iteration",
@@ -103,7 +106,7 @@ def objective_chart(run: Run) -> Chart | None:
         series,
         references,
         logarithmic=logarithmic,
-        note=note if references else "",
+        note=" ".join(notes),
     )
 
 

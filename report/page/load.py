@@ -93,7 +93,8 @@ class Run:
         order = ("leaks", "too few updates to tell", "no leak found by this attack")
         rank = order.index(self.verdict) if self.verdict in order else len(order)
         below = -math.inf
-        return (-rank, s.get("success_rate") or 0.0, gain["mean"] if gain else below, psnr["mean"] if psnr else below)
+        scores = (s.get("success_rate") or 0.0, gain["mean"] if gain else below, psnr["mean"] if psnr else below)
+        return (-float(rank), *map(float, scores))
 
 
 def load_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Path]]:

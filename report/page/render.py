@@ -52,7 +52,7 @@ def details(run: Run) -> str | None:
     try:
         "".join(_cells(run, None, _columns([run], ()), ()))
         found = "".join(_details(run))
-        return found if run.leakage and tables.verdict(run.summary) else None
+        return found if run.leakage and run.settings and tables.verdict(run.summary) else None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
         return None
 

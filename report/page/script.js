@@ -44,7 +44,11 @@ if (table) {
   };
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(filter));
+  one("[type=reset]", form).addEventListener("click", (event) => {
+    event.preventDefault();
+    form.reset();
+    filter();
+  });
 
   const sortBy = (column, descending) => {
     const value = (row) => row.children[column].dataset.value;
