@@ -20,6 +20,7 @@ from evaluation.candidates import Candidates
 from evaluation.evaluator import ScoringContext, TrialScore
 from evaluation.identification import ranks
 from evaluation.intervals import mean_interval, share_interval
+from evaluation.objective import status_of
 from evaluation.pairing import assign, labels_right
 from evaluation.scoring import SCORINGS, Scoring
 from evaluation.summary import QUANTILES, identified_share, quantiles, thin, unit_kind, unit_of
@@ -86,7 +87,8 @@ def score_records(
     record: dict[str, Any] = {
         "iterations": rec.iterations,
         "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
-        "status": rec.status,
+        "objective": None,
+        "status": status_of(rec, None, all(row["match"] is not None and row["cells_right"] == 1 for row in rows)),
         "restarts": rec.restarts,
         "trace": thin(rec.trace),
     }

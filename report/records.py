@@ -13,7 +13,7 @@ from report.tables import ENTRIES, VIEWS, Entry, Summary, View, interval, mean_s
 from utils.files import write_atomically
 
 _SHARED = (
-    *("labels right", "identified", "missed", "diverged"),
+    *("labels right", "identified", "missed", "status"),
     *("test accuracy", "training loss", "seconds", "granted (oracle)"),
 )
 _shared = {entry.label: entry for entry in ENTRIES if entry.label in _SHARED}

@@ -190,7 +190,7 @@ def test_a_loss_by_name_or_from_a_file() -> None:
     logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 3])
     assert torch.allclose(LOSSES[own](logits, labels), LOSSES["mse"](logits, labels))
     assert torch.allclose(LOSSES["nll"](logits.log_softmax(1), labels), LOSSES["cross_entropy"](logits, labels))
-    for name in LOSSES:
+    for name in sorted(set(LOSSES) - {"next_token"}):  # whose outputs are sentences
         soft = torch.nn.functional.one_hot(labels, 4).float()
         assert torch.allclose(LOSSES[name](logits, labels), LOSSES[name](logits, soft)), name
     found = validate(model, TASK, loss=own)

@@ -15,6 +15,7 @@ changes no row space. Noise, several examples and several local steps raise the 
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,8 @@ def determined_inputs(model: nn.Module, gradient: Sequence[Tensor], probes: Tens
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         weight = gradients[id(layer.weight)].float()
+        if not weight.any():
+            continue
         x = _linear_input(weight) if isinstance(layer, nn.Linear) else _convolution_input(layer, weight, shape, active)
         if x is None:
             continue
@@ -114,21 +117,30 @@ def determined_inputs(model: nn.Module, gradient: Sequence[Tensor], probes: Tens
 
 
 def _positions(model: nn.Module, probes: Tensor, label: int) -> dict[str, tuple[torch.Size, Tensor]]:
-    """For each layer the shape of its input, without the batch, and which positions (P,) have a gradient."""
+    """For each layer the shape of its input, without the batch, and which positions (P,) have a gradient.
+
+    Only layers that are called once and share their weight with no other: the gradient of others is a sum over inputs.
+    """
     model = copy.deepcopy(model).eval()
     shapes: dict[str, torch.Size] = {}
     outputs: dict[str, Tensor] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+    calls: Counter[int] = Counter()  # of each weight
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    for name, layer in layers.items():
+        if layer.weight.requires_grad:
 
             def capture(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                 shapes[name], outputs[name] = args[0].shape[1:], output
+                calls[id(layers[name].weight)] += 1
 
             layer.register_forward_hook(capture)
     with torch.enable_grad():
         loss = F.cross_entropy(model(probes), torch.full((len(probes),), label, device=probes.device))
-        grads = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
-    pairs = zip(outputs, grads, strict=True)
+        once = [name for name in outputs if calls[id(layers[name].weight)] == 1]
+        if not once:
+            return {}
+        grads = torch.autograd.grad(loss, [outputs[name] for name in once], allow_unused=True)
+    pairs = zip(once, grads, strict=True)
     return {name: (shapes[name], (g.abs().sum((0, 1)) > 0).flatten()) for name, g in pairs if g is not None}
 
 
