@@ -32,7 +32,7 @@ class GIAS(LatentInversion):
         "iterations": (500, "authors' ours_v2_bs4.sh, 32x32"),
         "restarts": (3, "authors' ours_v2_bs4.sh"),
         "lr": (0.03, "authors' ours_v2_bs4.sh"),
-        "lr_schedule": ("step", "authors' reconstruction_algorithms.py"),
+        "schedule": ("step", "authors' reconstruction_algorithms.py"),
         "init_std": (1.0, "authors' reconstruction_algorithms.py"),
         "latent_weight": (0.0, "z_norm of authors' reconstruction_algorithms.py"),
         "noise": (0.0, "not in the paper"),

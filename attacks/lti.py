@@ -18,7 +18,6 @@ from functools import lru_cache, partial
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attacks.base import Attack, register
@@ -179,6 +178,8 @@ def matched_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of groups (M, N, d), each in the order of its targets that has the least."""
     if targets.shape[1] > 1:
         costs = torch.cdist(outputs.detach(), targets).square().cpu()
+        from scipy.optimize import linear_sum_assignment
+
         order = torch.stack([torch.as_tensor(linear_sum_assignment(cost)[1]) for cost in costs])
         targets = targets.gather(1, order.to(targets.device)[:, :, None].expand_as(targets))
     return (outputs - targets).square().mean()

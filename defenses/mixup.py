@@ -5,7 +5,6 @@ x <- l x_i + (1 - l) x_j,   y <- l y_i + (1 - l) y_j,   l ~ Beta(a, a),   j a ra
 
 import torch
 import torch.nn.functional as F
-from scipy import special
 from torch import Tensor, nn
 
 from core.hyperparameters import hp
@@ -41,7 +40,9 @@ def mixed(examples: Tensor, labels: Tensor, matrix: Tensor, task: Task) -> Batch
 
 def beta(a: float, rng: torch.Generator) -> float:
     """One draw from Beta(a, a), by inverting its distribution function."""
-    return float(special.betaincinv(a, a, torch.rand((), generator=rng, dtype=torch.float64).item()))
+    from scipy.special import betaincinv
+
+    return float(betaincinv(a, a, torch.rand((), generator=rng, dtype=torch.float64).item()))
 
 
 def mixing_counter() -> Counter:

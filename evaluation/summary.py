@@ -75,19 +75,9 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         **_optional_mean(rows, "oracle_affine_psnr"),
         **_optional_mean(rows, "oracle_floor_psnr"),
         **_optional_mean(rows, "companion_psnr"),
-        **({"over_companion": gain_over(rows, "companion_psnr")} if rows and "companion_psnr" in rows[0] else {}),
+        **({"over_companion": _gain(rows, units, "companion_psnr")} if rows and "companion_psnr" in rows[0] else {}),
         **_optional_mean(rows, "sign_ok"),
     }
-
-
-def gain_over(rows: Sequence[Row], key: str) -> dict[str, Any] | None:
-    """The mean of PSNR minus the PSNR under `key`, in dB, with its 95% interval by Student's t.
-
-    The difference is taken example by example, and the interval over independent units. None for fewer than three
-    units, and where `key` is None.
-    """
-    gain = _gain(rows, [unit_of(r, number) for number, r in enumerate(rows)], key)
-    return None if gain is None or gain["low"] is None else gain
 
 
 def thin(trace: Sequence[float], points: int = 200) -> list[list[float | None]]:
@@ -105,7 +95,10 @@ def thin(trace: Sequence[float], points: int = 200) -> list[list[float | None]]:
 
 
 def _gain(rows: Sequence[Row], units: Sequence[Hashable], key: str) -> dict[str, Any] | None:
-    """As `gain_over`, with low and high None for fewer than three units."""
+    """The mean of PSNR minus the PSNR under `key`, image by image, in dB, with its 95% interval over units.
+
+    low and high are None for fewer than three units. None without rows, and where `key` is None.
+    """
     if not rows or any(r.get(key) is None for r in rows):
         return None
     return mean_interval([r["psnr"] - r[key] for r in rows], units)

@@ -32,6 +32,8 @@ STORED_KEYS = (  # entries of summary.json that a table may show
     "companion_psnr",
 )
 
+REPORTING = ("--victims", "reporting")  # no default was chosen on them
+
 Row = Mapping[str, Any]  # run, flags, own (flags without those of the table), summary
 
 
@@ -263,7 +265,7 @@ def measure(entry: Table, quick: bool, out: Path) -> dict[str, Any]:
         trials = row.quick if quick else row.trials
         if trials is None:
             continue
-        words = [*shlex.split(entry.flags), *shlex.split(row.flags), "--trials", str(trials)]
+        words = [*shlex.split(entry.flags), *shlex.split(row.flags), "--trials", str(trials), *REPORTING]
         summary = run(row.run, words, out)
         shown = {k: summary[k] for k in STORED_KEYS if k in summary}
         rows.append({"run": row.run, "flags": shlex.join(words), "own": row.flags, "summary": shown})

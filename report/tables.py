@@ -457,8 +457,11 @@ def _comparison_in_words(summary: Summary) -> str:
     if gain is None:
         return ""
     difference = f"{abs(gain['mean']):.2f} dB {'better' if gain['mean'] >= 0 else 'worse'} than"
+    compared = f"; {difference} {summary.get('companion', 'another attack')} on the same updates"
+    if gain["low"] is None:
+        return compared
     decided = "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
-    return f"; {difference} {summary.get('companion', 'another attack')} on the same updates {_limits(gain)}{decided}"
+    return f"{compared} {_limits(gain)}{decided}"
 
 
 def _limits(gain: Gain) -> str:

@@ -17,9 +17,9 @@ class Common:
         "folder of the data sets; for folder, the <class>/<image> tree itself; for textfile and csv, a file",
     )
     victims: Literal["all", "tuning", "reporting"] = hp(
-        "reporting",
-        "private images that may be attacked: one of two disjoint parts, tuning (for the choice of settings) and "
-        "reporting (for published numbers), or all",
+        "all",
+        "private images that may be attacked: all, or one of two disjoint parts, tuning (for the choice of settings) "
+        "and reporting (for published numbers)",
     )
     public: Literal["same", "other", "noise", "none"] = hp(
         "same", "public images of the attacker: same (the victims' classes), other (classes), noise, or none"

@@ -16,7 +16,6 @@ from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
 from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext
-from evaluation.guarantees import guarantee, identified_bound
 from evaluation.metrics import Lpips, metrics_of
 from evaluation.objective import objectives
 from evaluation.scoring import scoring_of
@@ -193,6 +192,8 @@ class _Run:
         self.scores += [row[self.scoring.key] for row in rows]
 
     def _finish(self) -> dict[str, Any]:
+        from evaluation.guarantees import guarantee, identified_bound  # scipy: not while flags are parsed
+
         experiment, store = self.experiment, self.store
         rows, trials = store.rows(), store.trials()
         assert len(trials) == experiment.flags.trials, f"{len(trials)} trials of {experiment.flags.trials}"

@@ -448,7 +448,7 @@ def test_fast_ica_separates_what_is_not_gaussian() -> None:
     found = unmix(rows, 3, centred, torch.Generator().manual_seed(1))
     assert correlation(sources, found) > 0.99
     white = whitening(centred(rows), 3, 1e-11) @ centred(rows)
-    assert torch.allclose(white @ white.T / white.shape[1], torch.eye(3, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(white @ white.T / (white.shape[1] - 1), torch.eye(3, dtype=torch.float64), atol=1e-6)
     result = fast_ica(white, torch.Generator().manual_seed(1))
     assert torch.allclose(result.matrix @ result.matrix.T, torch.eye(3, dtype=torch.float64), atol=1e-6)
     assert result.trace[-1] < result.trace[0]

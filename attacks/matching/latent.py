@@ -68,7 +68,7 @@ class LatentInversion(Attack):
     evaluations: int = hp(3000, "evaluations of the objective in each run of CMA-ES", ge=1, smoke=8)
     restarts: int = hp(1, "number of runs; the one with the lowest objective is the answer", ge=1)
     lr: float = hp(0.1, "Adam step of the latents", gt=0, source="GGL's reconstructor.py")
-    lr_schedule: Literal["ramp", "step"] = hp(
+    schedule: Literal["ramp", "step"] = hp(
         "ramp",
         "schedule of that step: rising over the first 5% and falling over the last 25% of a run, or x 0.1 at 3/8, 5/8 "
         "and 7/8",
@@ -203,7 +203,7 @@ class LatentInversion(Attack):
             for value, unknown in zip(variables[1:], unknowns, strict=True):
                 value.copy_(unknown.project(value))
 
-        factor = ramp if self.lr_schedule == "ramp" else steps
+        factor = ramp if self.schedule == "ramp" else steps
 
         def rates(step: int) -> list[float]:
             return [self.lr * factor(step, self.iterations), *(v.step for v in unknowns)]
