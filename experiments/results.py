@@ -133,7 +133,7 @@ TABLES = {
             Command("grad/trap.sh", "", 9, 9),
             Command("grad/rtf.sh", "", 4, 4),
             Command("grad/rtf.sh", "--dataset leaves", 10, 5),
-            Command("fed/rtf.sh", "", 4, 4),
+            Command("fed/rtf.sh", "--clients 4", 4, 4),
         ),
     ),
     "nulls": Table(
