@@ -124,7 +124,7 @@ def score_trial(
         valid = domain.project(examples[_finite(examples)])
         for row, place in zip(rows, ranks(truth.examples, truth.labels, valid, pairs, context.candidates), strict=True):
             row |= place
-        null = _null(truth, examples, context, context.candidates, trial)
+        null = _null(truth, examples, labels is not None, context, context.candidates, trial)
         for i, row in enumerate(rows):
             row["null_psnr"] = None if null is None else statistics.fmean(draw[i] for draw in null["psnr"])
     record: dict[str, Any] = {
@@ -184,26 +184,34 @@ def class_mean_psnr(truth: Batch, baselines: Baselines) -> list[float] | None:
     return [psnr(x, guesses[j]) for x, j in zip(truth.examples, pair(truth.examples, guesses), strict=True)]  # type: ignore[index]
 
 
+def mean_psnr(truth: Batch, baselines: Baselines) -> list[float] | None:
+    """The PSNR of the mean public example for each example; None without public examples."""
+    mean = baselines.mean_example
+    return None if mean is None else [psnr(x, mean) for x in truth.examples]
+
+
 def _null(
-    truth: Batch, examples: Tensor, context: ScoringContext, candidates: Candidates, trial: int
+    truth: Batch, examples: Tensor, names_labels: bool, context: ScoringContext, candidates: Candidates, trial: int
 ) -> dict[str, Any] | None:
     """The reconstructions (M, *shape) scored against sets of other examples with the true labels; None without any.
 
     Returns:
-        psnr: for each set, one value for each place in the batch; a set that is easier to guess than the truth, by the
-        PSNR of its class means, counts for less by the difference. recovered: the share that reaches 20 dB, not
-        corrected. labels: whether all classes had candidates of their own.
+        psnr: for each set, one value for each place in the batch; a set that is easier to guess than the truth counts
+        for less by the difference, measured by the PSNR of the means of the true classes, or by that of the mean of
+        all examples where neither the set has these classes nor the attack names any. recovered: the share that
+        reaches 20 dB, not corrected. labels: whether all classes had candidates of their own.
     """
     sets, same_labels = candidates.draws(truth.labels, trial)
     if not sets:
         return None
-    own = class_mean_psnr(truth, context.baselines)
+    guess_psnr = class_mean_psnr if same_labels or names_labels else mean_psnr
+    own = guess_psnr(truth, context.baselines)
     corrected, hits = [], []
     for others in sets:
         pairs, rebuilt = _rebuilt(others, examples, context)
         scores = [psnr(x, guess) for x, guess in zip(others, rebuilt, strict=True)]
         hits += [j is not None and score >= RECOVERED_PSNR for j, score in zip(pairs, scores, strict=True)]
-        theirs = class_mean_psnr(Batch(others, truth.labels), context.baselines)
+        theirs = guess_psnr(Batch(others, truth.labels), context.baselines)
         if own is not None and theirs is not None:
             scores = [score + a - b for score, a, b in zip(scores, own, theirs, strict=True)]
         corrected.append(scores)

@@ -449,9 +449,9 @@ def world(n: int, seed: int) -> Batch:
 PUBLIC, SPARE = world(200, seed=1), world(1200, seed=2)
 
 
-def attacked(toy: Callable[[Batch, int], Reconstruction], n: int, trials: int) -> dict[str, Any]:
+def attacked(toy: Callable[[Batch, int], Reconstruction], n: int, trials: int, spare: Batch = SPARE) -> dict[str, Any]:
     """The summary of a toy attack, a function of the true batch and the number of the trial."""
-    candidates = Candidates([pool(SPARE.examples, SPARE.labels)], seed=0)
+    candidates = Candidates([pool(spare.examples, spare.labels)], seed=0)
     context = ScoringContext(image_task((3, 16, 16), 4), Baselines(PUBLIC), {}, candidates)
     rows: list[dict[str, Any]] = []
     records = []
@@ -492,6 +492,18 @@ def test_an_attack_that_never_looks_at_the_update_comes_out_at_zero(
     assert outcome(summary) == "no leak found by this attack"
     if toy is class_means:
         assert summary["over_class_mean"]["mean"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("toy", [class_means, mean_images])
+def test_means_come_out_at_zero_where_classes_have_too_few_candidates(
+    toy: Callable[[Batch, int], Reconstruction], n: int
+) -> None:
+    few = Batch(SPARE.examples[:120], SPARE.labels[:120])
+    summary = attacked(toy, n, 6, few)
+    assert not summary["null"]["same_labels"]
+    assert summary["over_null"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert outcome(summary) == "no leak found by this attack"
 
 
 @pytest.mark.parametrize("trials", [1, 2, 5])
