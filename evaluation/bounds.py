@@ -6,6 +6,7 @@ know nothing of them.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import Attack
+from attacks.optim.adam import Adam
 from core.protocol import Batch, Task
 from core.registry import Registry
 from models.inspection import pixel_layer
@@ -100,13 +102,10 @@ def project_latents(generator: "Generator", images: Tensor, labels: Tensor, step
     starts += [torch.randn(count, generator.latent_dim, generator=rng) for _ in range(2)]
     z = torch.cat(starts).to(images).requires_grad_()
     targets, labels = torch.cat([images] * len(starts)), labels.repeat(len(starts))
-    optimizer = torch.optim.Adam([z], lr=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    optimizer = Adam([z])
+    for step in range(steps):
         error = (generator.decode(z, labels) - targets).square().sum()
-        (z.grad,) = torch.autograd.grad(error, z)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(torch.autograd.grad(error, z), [0.05 * (1 + math.cos(math.pi * step / steps))])
     with torch.no_grad():
         errors = (generator.decode(z, labels) - targets).square().flatten(1).sum(1)
         best = errors.view(len(starts), count).argmin(0)
@@ -120,8 +119,7 @@ def _move_weights(generator: "Generator", z: Tensor, truth: Batch, steps: int, l
     """
     moved = copy.deepcopy(generator).requires_grad_()
     weights = list(moved.parameters())
-    optimizer = torch.optim.Adam(weights, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    optimizer = Adam(weights)
     best, least = moved.decode(z, truth.labels).detach(), torch.inf
     for step in range(steps + 1):
         images = moved.decode(z, truth.labels)
@@ -130,8 +128,6 @@ def _move_weights(generator: "Generator", z: Tensor, truth: Batch, steps: int, l
             best, least = images.detach(), error.item()
         if step == steps:
             break
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        schedule.step()
+        grads = torch.autograd.grad(error, weights, allow_unused=True)
+        optimizer.step(grads, [lr * (1 - step / steps)] * len(weights))
     return best

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 SMALL = ["--image-size", "16", "--trials", "1", "--jobs", "1"]
 # a smaller batch would have no fast convolution; and a process whose threads have worked cannot fork
 BFLOAT16 = ["--precision", "bfloat16", "--batch-size", "2", "--threads", "1"]
+FEATURES = ["--feature-iterations", "12"]
 WHOLE_BUDGET = ["--activation", "tanh", "--restarts", "2", "--failure-threshold", "1e-12", "--patience", "0"]
 SMALL_GENERATOR = [
     "--latent-dim",
@@ -25,13 +26,16 @@ SMALL_GENERATOR = [
     "--comparison-iterations",
     "0",
 ]
-CMA = ["--optimizer", "cma", "--evaluations", "400", "--comparison-iterations", "0", "--restarts", "2"]
+CMA = ["--optimizer", "cma", "--evaluations", "120", "--comparison-iterations", "0", "--restarts", "2"]
 UNMIXED_BY_ADAM = ["--unmixing", "adam", "--iterations", "150", "--feature-inversion-iterations", "60"]
 LONG = {  # name -> mode, kills, attack and flags
-    "dlg": ("grad", 20, ["dlg", "--model", "cnn", "--iterations", "600", *WHOLE_BUDGET]),
-    "ig_single": ("grad", 3, ["ig_single", "--model", "convnet64", "--iterations", "30", "--restarts", "2", *BFLOAT16]),
+    "dlg": ("grad", 8, ["dlg", "--model", "cnn", "--iterations", "240", *WHOLE_BUDGET]),
+    "ig_single": (
+        "grad",
+        3,
+        ["ig_single", "--model", "convnet64", "--iterations", "10", "--restarts", "2", *FEATURES, *BFLOAT16],
+    ),
     "sme": ("fed", 3, ["sme", "--model", "cnn", "--iterations", "60", "--restarts", "2", "--local-epochs", "2"]),
-    "ggl": ("grad", 2, ["ggl", "--model", "cnn", "--iterations", "60", "--comparison-iterations", "0"]),
     "ggl by CMA-ES": ("grad", 3, ["ggl", "--model", "cnn", *CMA]),
     "gias": (
         "grad",

@@ -73,8 +73,7 @@ def exact(truth: Batch, rec: Reconstruction) -> list[bool]:
     return [j is not None and psnr(x, rec.examples[j]) >= 60 for x, j in zip(truth.examples, pairs, strict=True)]
 
 
-@pytest.mark.parametrize("normalize", ["dataset", "none"])
-@pytest.mark.parametrize("n", [1, 2, 4, 6])
+@pytest.mark.parametrize(("n", "normalize"), [(1, "none"), (2, "dataset"), (4, "none"), (6, "dataset")])
 def test_every_image_of_a_small_batch_is_exact(n: int, normalize: str) -> None:
     for seed in range(5):
         photos, truth, public = victims(n, seed, normalize)
