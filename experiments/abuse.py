@@ -1,5 +1,6 @@
 """Abuses the commands in a thousand ways and counts how they end: in results, in one line, or in something worse."""
 
+import resource
 import tempfile
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from experiments.abuses import flags, fuzz, inputs, kills, runs
 from experiments.abuses.harness import Case, run_all
 from report.tables import table
 from runner.cli import run_script
+from runner.experiment import commit
 
 GROUPS = {
     "a": "flags and sweeps",
@@ -63,7 +65,8 @@ def main(flags: Flags) -> None:
     rows = [[f"{g} {GROUPS[g]}", str(tried[g]), str(hard[g]), str(soft[g])] for g in GROUPS if tried[g]]
     rows.append(["all", *(str(counter.total()) for counter in (tried, hard, soft))])
     print(table(["group", "tried", "hard", "soft"], rows))
-    print(f"{time.monotonic() - started:.0f} s")
+    processor = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"{time.monotonic() - started:.0f} s, {processor:.0f} s of processor time, commit {commit()}")
     if hard.total():
         raise SystemExit(1)
 
