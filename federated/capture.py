@@ -454,7 +454,7 @@ def _task(manifest: Mapping[str, Any], folder: Path) -> Task:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e6
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _recipe(manifest: Mapping[str, Any], kind: Kind, folder: Path) -> tuple[Recipe, list[str]]:

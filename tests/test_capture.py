@@ -177,6 +177,7 @@ def copied(good: Path, to: Path, **changes: Any) -> Path:
         ({"input_shape": "16"}, ["input_shape"]),
         ({"num_classes": True}, ["num_classes"]),
         ({"mean": [0.5, 0.5]}, ["mean", "1 channels"]),
+        ({"mean": [10**400]}, ["mean", "1 channels"]),
         ({"std": [0]}, ["std must be positive"]),
         ({"recipe": None}, ["no recipe"]),
         ({"recipe": {"batch_size": 0}}, ["batch_size"]),

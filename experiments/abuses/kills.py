@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from core.paths import ROOT
-from experiments.abuses.harness import without_clock
+from experiments.abuses.harness import left_behind, without_clock
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 SMALL = ("--trials", "3", "--image-size", "16", "--jobs", "2", "--restarts", "1")
@@ -79,8 +79,7 @@ def _judge(folder: Path, name: str, code: int, took: float) -> str:
 
 def _left(folder: Path) -> list[str]:
     """Temporary files and processes of a command that has ended."""
-    # torch keeps what it has compiled in a folder of its own, after every run
-    left = [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+    left = left_behind(folder / "tmp")
     mark = f"TMPDIR={folder / 'tmp'}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         try:

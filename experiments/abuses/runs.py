@@ -63,6 +63,15 @@ class Prepared:
             resumes=True,
         )
 
+    def command(self, mode: str, name: str, inside: Callable[[], object]) -> Case:
+        """A new run, in a process in which `inside` is called first."""
+        return Case(
+            *("d", f"{mode}: {name}", COMMANDS[mode], mode),
+            rows=self.rows[mode],
+            resumes=True,
+            inside=inside,
+        )
+
 
 def warm(folder: Path) -> None:
     """Run a command of each mode in this process: forks then have its data set, its networks and its fonts."""
@@ -98,12 +107,7 @@ def folders(prepared: Prepared) -> Iterator[Case]:
             for name, edit in edits:
                 yield prepared.case(mode, state, name, edit)
         for size in (700, 1500, 3000, 5000, 9000, 20_000, 40_000):
-            yield Case(
-                *("d", f"{mode}: no file beyond {size} bytes", COMMANDS[mode], mode),
-                rows=prepared.rows[mode],
-                resumes=True,
-                inside=_limited(size),
-            )
+            yield prepared.command(mode, f"no file beyond {size} bytes", _limited(size))
             yield Case(
                 *("d", f"{mode}: no file beyond {size} bytes, then mended", COMMANDS[mode], mode),
                 prepare=_after_limit(mode, size),
