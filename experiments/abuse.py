@@ -87,7 +87,7 @@ def _kill(flags: Flags, scratch: Path) -> None:
         wrong += bool(error)
         if error or flags.verbose:
             print(f"{what}: {error or 'as it should'}", flush=True)
-    print(f"{flags.kills} kills, {wrong} wrong")
+    print(f"{flags.kills} kills, {wrong} wrong, commit {commit()}")
     if wrong:
         raise SystemExit(1)
 
