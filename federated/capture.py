@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from core.domain import ImageDomain
@@ -26,7 +26,7 @@ from core.errors import UsageError
 from core.protocol import LOSSES, Kind, Recipe, Task, Update, by_name, image_task
 from core.references import is_reference
 from defenses.base import canonical
-from utils.files import write_atomically, write_json
+from utils.files import write_bytes, write_json
 
 SCHEMA = 1
 MANIFEST, UPDATE, MODEL = "manifest.json", "update.safetensors", "model.safetensors"
@@ -236,7 +236,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # tied weights are one tensor under two names, which safetensors refuses
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(own, temporary))
+    write_bytes(path, save(own))
 
 
 # --- reading ---

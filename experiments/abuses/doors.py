@@ -1,7 +1,9 @@
 """Groups i and j: audits, captures and pages; texts, tables, sums of clients, and networks of the user's own."""
 
+import dataclasses
 import functools
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from core.paths import ROOT
 from core.protocol import Recipe, image_task
 from experiments.abuses import damage, inputs
 from experiments.abuses.harness import Case
-from experiments.abuses.runs import Prepared
+from experiments.abuses.runs import Prepared, limited
 from federated.capture import MANIFEST, MODEL, UPDATE, export
 from federated.client import train
 
@@ -55,6 +57,12 @@ def audits() -> Iterator[Case]:
             yield _captured(f"{file}: {name}", functools.partial(_tensors, file=file, change=change))
     for name, edit in CAPTURES.items():
         yield _captured(name, edit)
+    for size in (0, 100, 1000, 3000, 20_000):
+        words = (*SIMULATED, *FAST, "--show-victims")
+        yield Case(
+            "i", f"no file beyond {size} bytes", words, "audit", codes=AUDITED, resumes=True, inside=limited(size)
+        )
+    yield Case("i", "nothing may be written", (*SIMULATED, *FAST), "audit", codes=AUDITED, inside=as_another_user)
     for name, edit in TRUTHS.items():
         words = (*CAPTURED, *FAST, "--truth", "@/truth")
         yield Case("i", f"truth: {name}", words, "audit", _truth(edit), AUDITED)
@@ -599,9 +607,11 @@ def unwritable(prepared: Prepared) -> Iterator[Case]:
     """More of group d: folders of results that cannot be written, and some that vanish under a run."""
     for mode in ("grad", "fed"):
         for name, inside in {
-            "out is gone after the start": _vanish,
-            "parts cannot be made": lambda: _occupy("parts"),
-            "rows cannot be made": lambda: _occupy("rows.jsonl"),
+            "out is gone after the first trial": lambda: _after_a_trial(lambda run: shutil.rmtree(run.parents[2])),
+            "parts cannot be made any more": lambda: _occupied("parts", "/proc/nowhere"),
+            "rows cannot be made any more": lambda: _occupied("rows.jsonl", "/proc/nowhere"),
+            "rows are on a full disk": lambda: _occupied("rows.jsonl", "/dev/full"),
+            "records are on a full disk": lambda: _occupied("trials.jsonl", "/dev/full"),
         }.items():
             yield prepared.command(mode, name, inside)
         for name, edit in {
@@ -614,22 +624,32 @@ def unwritable(prepared: Prepared) -> Iterator[Case]:
             "the seal is a folder": lambda run: damage.folder(run / "done"),
         }.items():
             yield prepared.case(mode, "half", name, edit)
+        for state in ("half", "finished"):
+            case = prepared.case(mode, state, "nothing may be written", _read_only)
+            yield dataclasses.replace(case, inside=as_another_user)
 
 
-def _vanish() -> None:
-    """The folder of results is removed with all that it holds whenever a trial has been added."""
-    _after_a_trial(lambda folder: shutil.rmtree(folder.parents[2]))
+def _read_only(run: Path) -> None:
+    for path in [run.parents[2], *run.parents[2].rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
 
 
-def _occupy(name: str) -> None:
-    """After the first trial, a folder that cannot be written stands in the place of a file."""
+def as_another_user() -> None:
+    """Whoever may write everywhere becomes a user who may not."""
+    if os.geteuid() == 0:
+        os.setegid(65534)
+        os.seteuid(65534)
 
-    def occupy(folder: Path) -> None:
-        path = folder / name
+
+def _occupied(name: str, target: str) -> None:
+    """After the first trial, a link stands in the place of a file."""
+
+    def occupy(run: Path) -> None:
+        path = run / name
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.symlink_to("/proc/nowhere")
+        path.symlink_to(target)
 
     _after_a_trial(occupy)
 
