@@ -1,6 +1,6 @@
 """Federated mode: rounds of FedAvg with weight updates, which the server attacks as it receives them."""
 
-from utils.signals import die_of_sigint
+from utils.interrupt import die_of_sigint
 
 if __name__ == "__main__":
     die_of_sigint()  # while modules are imported

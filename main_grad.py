@@ -1,6 +1,6 @@
 """Gradient mode: each trial is the gradient of one private batch, which the server attacks."""
 
-from utils.signals import die_of_sigint
+from utils.interrupt import die_of_sigint
 
 if __name__ == "__main__":
     die_of_sigint()  # while modules are imported

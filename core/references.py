@@ -54,7 +54,10 @@ def describe(error: BaseException) -> str:
     """The type and message of an error in the user's code on one line, with the file and line of it that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_own(f.filename)]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    message = " ".join(str(error).split())[:200]
+    try:
+        message = " ".join(str(error).split())[:200]
+    except Exception:  # a user's exception may raise anything when it is printed
+        message = ""
     return f"{type(error).__name__}{f': {message}' if message else ''}{where}"
 
 

@@ -21,8 +21,10 @@ from core.errors import UsageError
 from data.base import register
 from data.photos import photos
 from data.splits import Split, Splits, frozen_rng
+from utils.files import require_regular
 
 MAX_CATEGORIES = 50
+LARGEST = 1e30  # a number's size: their variance must be finite
 MIN_NUMBERS = 11  # different values from which on a column of numbers is not a category
 CANCER = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "concavity")
 CANCER += ("concave points", "symmetry", "fractal dimension")
@@ -95,6 +97,7 @@ def _statistics(images: Tensor) -> dict[str, list[float]]:
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
+        require_regular(path)
         with path.open(newline="", encoding="utf-8-sig") as file:
             header, *rows = [[cell.strip() for cell in row] for row in csv_format.reader(file) if row]
     except (OSError, ValueError, csv_format.Error) as error:
@@ -121,20 +124,25 @@ def _schema(schema: str | None, header: list[str], rows: list[list[str]]) -> tup
                 categories.append(name)
         return header[-1], numbers, categories
     try:
-        given = json.loads(Path(schema).expanduser().read_text())
+        path = Path(schema).expanduser()
+        require_regular(path)
+        given = json.loads(path.read_text())
         label, numbers, categories = given["label"], given.get("numbers", []), given.get("categories", [])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = [label, *numbers, *categories]
+        if isinstance(numbers, str) or isinstance(categories, str) or not all(isinstance(n, str) for n in names):
+            raise TypeError("names are strings, in lists")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError):
         example = '{"label": "income", "numbers": ["age"], "categories": ["work"]}'
         raise UsageError(f"`schema={schema}`: write auto, or a JSON file such as {example}") from None
-    for name in (label, *numbers, *categories):
+    for name in names:
         if name not in header:
-            raise UsageError(f"`schema={schema}` names a column {name!r}, and the table has {', '.join(header)}")
+            raise UsageError(f"`schema={schema}` names a column {name!r}, and the table has {', '.join(header)[:200]}")
     return label, list(numbers), list(categories)
 
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(np.isfinite(float(text)))
+        return abs(float(text)) <= LARGEST
     except ValueError:
         return False
 
@@ -159,7 +167,7 @@ def _splits(
     for column in numbers:
         wrong = next((cell for cell in columns[column] if not _is_number(cell)), None)
         if wrong is not None:
-            raise UsageError(f"{name}: {wrong!r} in column {column!r} is not a number")
+            raise UsageError(f"{name}: {wrong!r} in column {column!r} is not a number of at most {LARGEST:g}")
     for column in categories:
         if not 2 <= len(set(columns[column])) <= MAX_CATEGORIES:
             raise UsageError(f"{name}: column {column!r} has not 2 to {MAX_CATEGORIES} different categories")

@@ -20,6 +20,7 @@ from core.domain import TextDomain
 from core.errors import UsageError
 from data.base import register
 from data.splits import Split, Splits
+from utils.files import require_regular
 
 LENGTH = 16  # tokens
 WORD = re.compile(r"[a-z]+|[.,;:]")
@@ -52,12 +53,14 @@ def text(base_datadir: Path, tokens: int | None) -> Splits:
 @register
 def textfile(base_datadir: Path, tokens: int | None) -> Splits:
     """Your own text: a file, or all .txt files of a folder. Raises UsageError for files without enough words."""
-    files = sorted(base_datadir.rglob("*.txt")) if base_datadir.is_dir() else [base_datadir]
+    is_folder = base_datadir.is_dir()
+    files = sorted(p for p in base_datadir.rglob("*.txt") if p.is_file()) if is_folder else [base_datadir]
     if not files:
         raise UsageError(f"`base_datadir={base_datadir}` holds no .txt file")
     pieces: Pieces = {part: [] for part in SHARES}
     for file in files:
         try:
+            require_regular(file)
             words = _words(file.read_text(encoding="utf-8", errors="replace"))
         except OSError as error:
             raise UsageError(f"cannot read {file}: {error.strerror}; `base_datadir` takes a file or a folder") from None

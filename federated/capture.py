@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from core.domain import ImageDomain
@@ -26,7 +26,7 @@ from core.errors import UsageError
 from core.protocol import LOSSES, Kind, Recipe, Task, Update, by_name, image_task
 from core.references import is_reference
 from defenses.base import canonical
-from utils.files import write_atomically, write_json
+from utils.files import write_bytes, write_json
 
 SCHEMA = 1
 MANIFEST, UPDATE, MODEL = "manifest.json", "update.safetensors", "model.safetensors"
@@ -236,7 +236,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # tied weights are one tensor under two names, which safetensors refuses
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(own, temporary))
+    write_bytes(path, save(own))
 
 
 # --- reading ---
@@ -454,7 +454,7 @@ def _task(manifest: Mapping[str, Any], folder: Path) -> Task:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e6
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def _recipe(manifest: Mapping[str, Any], kind: Kind, folder: Path) -> tuple[Recipe, list[str]]:

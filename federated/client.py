@@ -32,17 +32,14 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
     defense = parse(recipe.defense)
     local = _private_copy(model, recipe, defense)
     before = [p.detach().clone() for p in local.parameters()]
-    optimizer = _optimizer(local, recipe)
+    optimizer = (_Adam if recipe.optimizer == "adam" else _SGD)(local, recipe)
     losses: list[float] = []
     schedule = recipe.batches(len(batch.labels), rng)
     with seeded_global_rng(rng):
         for indices, lr in zip(schedule, recipe.learning_rates(len(schedule)), strict=True):
-            optimizer.param_groups[0]["lr"] = lr
             minibatch = Batch(batch.examples[indices], batch.labels[indices])
             grads = _step(local, minibatch, task, recipe, defense, rng, losses)
-            for parameter, grad in zip(local.parameters(), grads, strict=True):
-                parameter.grad = grad
-            optimizer.step()
+            optimizer.step(grads, lr)
     delta = tuple((w - p.detach()) for w, p in zip(before, local.parameters(), strict=True))
     return _update("delta", local, delta, len(batch.labels), defense, rng), sum(losses) / len(losses)
 
@@ -70,10 +67,40 @@ def _update(
     return Update(kind, by_name(model, sent), num_examples, buffers)
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+class _Adam:
+    """`torch.optim.Adam` as a client uses it."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+    def step(self, grads: Gradient, lr: float) -> None:
+        group = self.optimizer.param_groups[0]
+        group["lr"] = lr
+        for parameter, grad in zip(group["params"], grads, strict=True):
+            parameter.grad = grad
+        self.optimizer.step()
+
+
+class _SGD:
+    """`torch.optim.SGD` to the last bit, without the 150 MB and the second that it takes to import torch._dynamo."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.parameters, self.recipe = list(model.parameters()), recipe
+        self.buffers: dict[int, torch.Tensor] = {}  # of momentum, by position
+
+    @torch.no_grad()
+    def step(self, grads: Gradient, lr: float) -> None:
+        momentum, weight_decay = self.recipe.momentum, self.recipe.weight_decay
+        for i, (parameter, grad) in enumerate(zip(self.parameters, grads, strict=True)):
+            if grad is None:
+                continue
+            if weight_decay:
+                grad = grad.add(parameter, alpha=weight_decay)
+            if momentum:
+                grad = self.buffers[i] = (
+                    self.buffers[i].mul_(momentum).add_(grad) if i in self.buffers else grad.clone()
+                )
+            parameter.add_(grad, alpha=-lr)
 
 
 def _private_copy(model: nn.Module, recipe: Recipe, defense: Pipeline) -> nn.Module:

@@ -1,5 +1,10 @@
 """python -m report [--to FOLDER] [-o PAGE] RUN_FOLDER ...: one table, or one HTML page, over finished runs."""
 
+from utils.interrupt import die_of_sigint
+
+if __name__ == "__main__":
+    die_of_sigint()  # files are replaced whole: there is nothing to tidy up
+
 import argparse
 import sys
 import textwrap

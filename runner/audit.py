@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from attacks.base import ATTACKS
@@ -33,7 +33,7 @@ from runner.experiment import SOURCE_DIRS, commit
 from runner.store import source_digest
 from runner.subjects import Audit, simulated, subject_of
 from runner.workers import cores
-from utils.files import digest, write_atomically, write_json
+from utils.files import digest, write_bytes, write_json
 from utils.flags import FlagError, Parser, add_flags, given
 
 # what does not apply to an audit, which runs several attacks once, in this process
@@ -202,11 +202,10 @@ def _write(folder: Path, battery: Battery, outcomes: list[Outcome], result: Mapp
         elif battery.flags.show_victims:
             figures.grid(path, torch.cat(o.truths), torch.cat(o.rebuilt), o.rows, domain)
     if tensors:
-        write_atomically(folder / "reconstructions.safetensors", lambda path: save_file(tensors, path))
+        write_bytes(folder / "reconstructions.safetensors", save(tensors))
     write_json(folder / "rows.json", [row for o in outcomes for row in o.rows])
     write_json(folder / "audit.json", result)
-    text = markdown(result)
-    write_atomically(folder / "audit.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_bytes(folder / "audit.md", markdown(result).encode())
 
 
 def _weights_digest(model: nn.Module) -> str:

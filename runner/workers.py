@@ -10,9 +10,8 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
 from core.paths import ROOT
@@ -39,7 +38,7 @@ def context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     forkserver.set_forkserver_preload(["runner.scratch", "runner.run"])
-    with _in_project_root(), _ignore_signals(), handed_over():
+    with _in_project_root(), _signals_blocked(), handed_over():
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
@@ -56,14 +55,15 @@ def _in_project_root() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ignore_signals() -> Iterator[None]:
-    """Ignore signals while the fork server starts: its children inherit that, and end with the main process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+def _signals_blocked() -> Iterator[None]:
+    """Receive signals after the block only. The fork server inherits that they are blocked, and so do workers.
+
+    They end with the main process. multiprocessing's resource tracker must start first, because it unblocks signals.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

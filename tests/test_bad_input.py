@@ -66,6 +66,27 @@ def image_from_a_pipe(tmp: Path) -> list[str]:
     return ["dlg", "--dataset", "folder", "--base-datadir", str(root)]
 
 
+def text_from_a_pipe(tmp: Path) -> list[str]:
+    os.mkfifo(tmp / "a.txt")
+    return ["baseline", "--model", "gpt", "--dataset", "textfile", "--base-datadir", str(tmp / "a.txt")]
+
+
+def table(tmp: Path, largest: str, schema: object) -> list[str]:
+    rows = [f"{i},{largest},{'yn'[i % 2]}" for i in range(40)]
+    (tmp / "t.csv").write_text("\n".join(["age,size,label", *rows]))
+    (tmp / "schema.json").write_text(json.dumps(schema))
+    flags = ["baseline", "--model", "mlp", "--dataset", "csv", "--base-datadir", str(tmp / "t.csv")]
+    return [*flags, "--schema", str(tmp / "schema.json")]
+
+
+def a_number_without_variance(tmp: Path) -> list[str]:
+    return table(tmp, "1e308", {"label": "label", "numbers": ["size"]})
+
+
+def a_schema_without_lists(tmp: Path) -> list[str]:
+    return table(tmp, "1", {"label": "label", "numbers": None})
+
+
 def unwritable(tmp: Path) -> list[str]:
     (tmp / "file").write_text("in the way")
     return ["baseline", "--out", str(tmp / "file" / "results")]
@@ -118,6 +139,9 @@ GRAD = {
     "a network no memory holds": (["baseline", "--model", "mlp", "--width", "1000000000000"], "--width"),
     "an integer of more than 64 bits": (["dlg", "--history", "99999999999999999999"], "--history"),
     "a pipe for weights": (weights_from_a_pipe, "w.pt"),
+    "a pipe for a text": (text_from_a_pipe, "a.txt"),
+    "a number too large for a variance": (a_number_without_variance, "1e308"),
+    "a schema without lists": (a_schema_without_lists, "--schema"),
     "a pipe for an image": (image_from_a_pipe, "0.png"),
     "colours in a name": (["dlg", "--model", "\x1b[31mred"], "\\x1b"),
     "image too small": (["dlg", "--image-size", "2"], "image-size"),

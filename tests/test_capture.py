@@ -102,6 +102,13 @@ def test_ten_lines_capture_a_plain_loop(tmp_path: Path) -> None:
     assert capture.task == TASK
 
 
+def test_a_capture_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / f"{UPDATE}.tmp").mkdir()
+    before, after = client_after()
+    with pytest.raises(IsADirectoryError):
+        save_update(tmp_path, before, after=after, input_shape=SHAPE)
+
+
 def test_gradients_of_a_plain_loop(tmp_path: Path) -> None:
     model = Net().eval()
     loss = nn.functional.cross_entropy(model(TASK.domain.to_model(BATCH.examples)), BATCH.labels)
@@ -177,6 +184,7 @@ def copied(good: Path, to: Path, **changes: Any) -> Path:
         ({"input_shape": "16"}, ["input_shape"]),
         ({"num_classes": True}, ["num_classes"]),
         ({"mean": [0.5, 0.5]}, ["mean", "1 channels"]),
+        ({"mean": [10**400]}, ["mean", "1 channels"]),
         ({"std": [0]}, ["std must be positive"]),
         ({"recipe": None}, ["no recipe"]),
         ({"recipe": {"batch_size": 0}}, ["batch_size"]),

@@ -53,6 +53,27 @@ def test_unrolling_at_the_truth_gives_the_clients_delta(
     assert largest_relative_error(unrolled, update.ordered(model)) < 1e-10
 
 
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.01), (0.9, 0.01)])
+def test_local_steps_are_those_of_torch_to_the_last_bit(momentum: float, weight_decay: float) -> None:
+    task = task_of(side=8)
+    recipe = Recipe(2, 3, 0.1, momentum, weight_decay, lr_schedule="cosine")
+    model, truth = network("cnn", task).float(), private_batch(task, 4)
+    truth = Batch(truth.examples.float(), truth.labels)
+    update, _ = train(model, truth, task, recipe, torch.Generator().manual_seed(3))
+    order = recipe.batches(4, torch.Generator().manual_seed(3))
+    local = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(local.parameters(), 0.1, momentum, weight_decay=weight_decay)
+    for indices, lr in zip(order, recipe.learning_rates(len(order)), strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(
+            local(task.domain.to_model(truth.examples[indices])), truth.labels[indices]
+        ).backward()
+        optimizer.step()
+    for before, after, sent in zip(model.parameters(), local.parameters(), update.ordered(model), strict=True):
+        assert torch.equal(before - after, sent)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
 @pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.9), ("adam", 0.0)])
 @pytest.mark.parametrize(("n", "batch", "epochs"), [(5, 5, 1), (5, 2, 2), (7, 4, 10)])

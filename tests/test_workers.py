@@ -40,6 +40,48 @@ def test_commands_that_may_need_workers_preload_them(flags: str, wanted: bool, m
     assert bool(called) == wanted
 
 
+# a fork server whose imports take long, and a main process that ends meanwhile
+SLOW_SERVER = """
+import os, sys
+sys.path.insert(0, {root!r})
+from multiprocessing import forkserver
+from runner import workers
+from runner.scratch import scratch_folder
+workers.forkserver.set_forkserver_preload = lambda names: (
+    type(forkserver._forkserver).set_forkserver_preload(forkserver._forkserver, ["runner.scratch", "sleeper"])
+)
+workers.context()
+print(scratch_folder(), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel reports the end of a parent")
+def test_a_server_that_still_imports_ends_with_the_main_process(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import time; time.sleep(60)\n")
+    variables = _without_path() | {"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", SLOW_SERVER.format(root=str(ROOT))]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=30)
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 30  # half of what the server would sleep
+    while Path(done.stdout.strip()).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(done.stdout.strip()).exists()
+
+
+def test_a_signal_while_the_server_starts_comes_afterwards() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with workers._signals_blocked():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert not came
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_folder_of_the_users_hides_nothing_from_workers(tmp_path: Path) -> None:
     """Modules with names of ours and of the standard library in the working directory."""
     for name in ("random", "tempfile", "torch", "utils", "data"):

@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and digests."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,12 @@ def digest(content: Any) -> str:
     """
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def require_regular(path: Path) -> None:
+    """Raise OSError for what is not a regular file: a pipe never ends, and some devices do not either."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def file_digest(path: Path) -> str | None:

@@ -22,12 +22,6 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def die_of_sigint() -> None:
-    """Let Ctrl-C end the process at once, without a traceback: for the imports before a program does anything."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def end_at_once(code: int) -> NoReturn:
     """End the process without the interpreter's own end, which takes a second where large libraries are loaded."""
     for stream in (sys.stdout, sys.stderr):

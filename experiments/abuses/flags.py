@@ -13,14 +13,7 @@ INTEGERS = ("0", "-1", "1e3", "", "99999999999999999999")
 FLOATS = ("nan", "inf", "-1", "1e300", "1e-320", "x")
 # counts of things that are done one after the other: a huge one is an answer that takes long
 LONG = {"iterations", "restarts", "trials", "rounds", "pretrain_epochs", "seed", "jobs", "evaluations", "patience"}
-FEW = {
-    "iterations": "3",
-    "restarts": "1",
-    "weight_iterations": "2",
-    "evaluations": "20",
-    "generator_steps": "2",
-    "comparison_iterations": "0",
-}
+FEW = {"restarts": "1", "weight_iterations": "2", "comparison_iterations": "0"}  # of attacks without small values
 
 
 def flags() -> Iterator[Case]:
@@ -92,7 +85,8 @@ def _hostile(cls: type) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield field.name, ("nan", "x", "")
         elif int in (hint, *options):
             values = INTEGERS[:-1] if field.name in LONG else INTEGERS
-            yield field.name, values[1:] if field.name == "jobs" else values  # 0 is a right number of jobs
+            # 0 is right there: a worker for each core, and a training of minutes
+            yield field.name, values[1:] if field.name in ("jobs", "generator_steps") else values
         elif float in (hint, *options):
             yield field.name, FLOATS
         elif hint is bool:
@@ -102,10 +96,13 @@ def _hostile(cls: type) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _few(attack: type) -> tuple[str, ...]:
-    names = {field.name for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    """Small values of an attack's hyperparameters: those of its contract tests, and FEW."""
+    fields = dataclasses.fields(attack)  # type: ignore[arg-type]
+    values = {f.name: f.metadata["smoke"] for f in fields if f.metadata["smoke"] is not None}
+    values |= {f.name: FEW[f.name] for f in fields if f.name in FEW}
     if getattr(attack, "generator", None) == "class_pca":
-        names.discard("generator_steps")
-    return tuple(w for k, v in FEW.items() if k in names for w in (f"--{k.replace('_', '-')}", v))
+        values.pop("generator_steps", None)
+    return tuple(w for k, v in values.items() for w in (f"--{k.replace('_', '-')}", str(v)))
 
 
 def _case(group: str, page: str, name: str, field: str, value: str) -> Case:

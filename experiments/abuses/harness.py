@@ -20,9 +20,11 @@ from pathlib import Path
 
 from core.paths import ROOT
 
-SECONDS = 60.0  # after which a command counts as hanging
+SECONDS = 40.0  # of processor time, after which a command counts as hanging: other programs may slow the clock
+IDLE = 20.0  # seconds without any processor time, after which it counts as hanging as well
 MEMORY = 8 << 30  # bytes that a command may ask for beyond what it starts with
-PAGES = {"grad": "main_grad.py", "fed": "main_fed.py", "report": "report"}
+PAGES = {"grad": "main_grad.py", "fed": "main_fed.py", "audit": "main_audit.py"}  # scripts
+MODULES = {"report": "report", "inspect": "evaluation.inspect"}
 
 
 @dataclass(frozen=True)
@@ -50,32 +52,49 @@ class Outcome:
     hard: str
     soft: str
     text: str
-    seconds: float
+    seconds: float  # of processor time
 
 
 def run_all(cases: Iterable[Case], scratch: Path, processes: int = 2) -> Iterator[Outcome]:
     """The outcomes of all cases, as they end."""
-    waiting = list(cases)[::-1]
-    running: dict[int, tuple[Case, Path, float]] = {}
-    number = 0
-    while waiting or running:
-        while waiting and len(running) < processes:
+    waiting = iter(cases)
+    running: dict[int, tuple[Case, Path, Clock]] = {}
+    number, more = 0, True
+    while more or running:
+        while more and len(running) < processes:
+            case = next(waiting, None)
+            if case is None:
+                more = False
+                break
             number += 1
             folder = scratch / f"{number:05d}"
-            case = waiting.pop()
-            running[start(case, folder)] = (case, folder, time.monotonic())
-        for process, (case, folder, started) in list(running.items()):
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if not ended and time.monotonic() - started < SECONDS:
+            running[start(case, folder)] = (case, folder, Clock())
+        for process, (case, folder, clock) in list(running.items()):
+            ended, status, usage = os.wait4(process, os.WNOHANG)
+            if not ended and not clock.hangs(process):
                 continue
             code = os.waitstatus_to_exitcode(status) if ended else None
             if not ended:
                 os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
+                _, _, usage = os.wait4(process, 0)
             del running[process]
-            yield judge(case, folder, code, time.monotonic() - started)
+            yield judge(case, folder, code, usage.ru_utime + usage.ru_stime)
             shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.005)
+
+
+class Clock:
+    """Decides whether a process hangs: by its own processor time, whatever else the machine does."""
+
+    def __init__(self) -> None:
+        self.used, self.since = 0.0, time.monotonic()
+
+    def hangs(self, process: int) -> bool:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        if used > self.used:
+            self.used, self.since = used, time.monotonic()
+        return used > SECONDS or time.monotonic() - self.since > IDLE
 
 
 def start(case: Case, folder: Path) -> int:
@@ -121,10 +140,11 @@ def _enter(folder: Path, environment: Mapping[str, str]) -> None:
 
 def run(page: str, words: list[str]) -> None:
     """The command in this process."""
-    sys.argv = [PAGES[page], *words]
-    if page == "report":
-        runpy.run_module("report", run_name="__main__", alter_sys=True)
+    if page in MODULES:
+        sys.argv = [MODULES[page], *words]
+        runpy.run_module(MODULES[page], run_name="__main__", alter_sys=True)
     else:
+        sys.argv = [PAGES[page], *words]
         runpy.run_path(str(ROOT / PAGES[page]), run_name="__main__")
 
 
@@ -142,19 +162,43 @@ def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome
         hard = f"exit code {code}"
     elif list(folder.rglob("executed")):
         hard = "a command of a stranger was run"
-    elif code == 2 and out.exists() and not case.resumes and case.page != "report" and any(out.rglob("config.json")):
+    elif code == 2 and not case.resumes and case.page in PAGES and _wrote(out, case.page):
         hard = "half-written results"
-    elif code == 0 and case.rows is not None and (wrong := _wrong_rows(out, case.rows)):
+    elif wrong := _wrong_results(case, folder, code):
         hard = wrong
     elif code == 2 and case.words and (len(lines) != 1 or not lines[0].startswith("error: ")):
         soft = f"{len(lines)} lines: {' / '.join(lines)[:200]}"
-    elif code == 2 and not lines[0].isprintable():
+    elif code == 2 and lines and not lines[0].isprintable():
         soft = "control characters in the error"
     elif code == 0 and any("Warning" in line for line in lines):
         soft = f"a warning: {next(line for line in lines if 'Warning' in line)[:200]}"
-    elif code == 0 and list((folder / "tmp").iterdir()):
-        soft = f"temporary files: {[path.name for path in (folder / 'tmp').iterdir()]}"
+    elif code == 0 and (files := left_behind(folder / "tmp")):
+        soft = f"temporary files: {files}"
     return Outcome(case, code, hard, soft, (lines or [""])[-1], seconds)
+
+
+def left_behind(temporary: Path) -> list[str]:
+    """The names of temporary files but for torch's own folder, in which it keeps what it has compiled."""
+    return [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
+
+
+def _wrote(out: Path, page: str) -> bool:
+    """Whether there are results: a file of an audit, or the first file of a run."""
+    return any(path.is_file() for path in out.rglob("*" if page == "audit" else "config.json"))
+
+
+def _wrong_results(case: Case, folder: Path, code: int) -> str:
+    """What is wrong with the results of a command that ended well, if anything is."""
+    if code == 0 and case.rows is not None:
+        return _wrong_rows(folder / "out", case.rows)
+    if case.page != "audit" or code == 2 or {"-h", "--help"} & {*case.words}:
+        return ""
+    found = list(folder.rglob("audit.json"))
+    try:
+        contents = [json.loads(path.read_text()) for path in found if path.with_name("audit.md").exists()]
+    except ValueError:
+        return "audit.json is no JSON"
+    return "" if len(contents) == len(found) == 1 else f"{len(contents)} audits"
 
 
 def _wrong_rows(out: Path, expected: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from core.paths import ROOT
-from experiments.abuses.harness import without_clock
+from experiments.abuses.harness import left_behind, without_clock
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 SMALL = ("--trials", "3", "--image-size", "16", "--jobs", "2", "--restarts", "1")
@@ -21,6 +21,7 @@ COMMANDS = (
     ("main_grad.py", "ggl", "--model", "cnn", "--iterations", "40", *LATENT, *SMALL),
 )
 KILLS_OF_A_RUN = 5
+SLOW = 10.0  # seconds to end in: at most one on a machine of its own, more where other programs run
 GONE = 30.0  # seconds after which nothing may be left of a killed command: its server may still import torch
 
 
@@ -69,7 +70,7 @@ def _judge(folder: Path, name: str, code: int, took: float) -> str:
         return f"exit code {code}: {_error(folder)[-300:]}"
     if "Traceback" in _error(folder):
         return f"a traceback: {_error(folder)[-300:]}"
-    if took > 1 and code != 0:
+    if took > SLOW and code != 0:
         return f"took {took:.1f} s to end"
     deadline = time.monotonic() + GONE
     while (left := _left(folder)) and time.monotonic() < deadline:
@@ -79,8 +80,7 @@ def _judge(folder: Path, name: str, code: int, took: float) -> str:
 
 def _left(folder: Path) -> list[str]:
     """Temporary files and processes of a command that has ended."""
-    # torch keeps what it has compiled in a folder of its own, after every run
-    left = [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+    left = left_behind(folder / "tmp")
     mark = f"TMPDIR={folder / 'tmp'}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         try:

@@ -63,6 +63,15 @@ class Prepared:
             resumes=True,
         )
 
+    def command(self, mode: str, name: str, inside: Callable[[], object]) -> Case:
+        """A new run, in a process in which `inside` is called first."""
+        return Case(
+            *("d", f"{mode}: {name}", COMMANDS[mode], mode),
+            rows=self.rows[mode],
+            resumes=True,
+            inside=inside,
+        )
+
 
 def warm(folder: Path) -> None:
     """Run a command of each mode in this process: forks then have its data set, its networks and its fonts."""
@@ -98,12 +107,7 @@ def folders(prepared: Prepared) -> Iterator[Case]:
             for name, edit in edits:
                 yield prepared.case(mode, state, name, edit)
         for size in (700, 1500, 3000, 5000, 9000, 20_000, 40_000):
-            yield Case(
-                *("d", f"{mode}: no file beyond {size} bytes", COMMANDS[mode], mode),
-                rows=prepared.rows[mode],
-                resumes=True,
-                inside=_limited(size),
-            )
+            yield prepared.command(mode, f"no file beyond {size} bytes", limited(size))
             yield Case(
                 *("d", f"{mode}: no file beyond {size} bytes, then mended", COMMANDS[mode], mode),
                 prepare=_after_limit(mode, size),
@@ -165,14 +169,14 @@ EDITS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _limited(size: int) -> Callable[[], None]:
+def limited(size: int) -> Callable[[], None]:
     """As on a full disk, no file grows beyond this size."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def _after_limit(mode: str, size: int) -> Callable[[Path], None]:
     def prepare(folder: Path) -> None:
-        os.waitpid(start(Case("", "", COMMANDS[mode], mode, inside=_limited(size)), folder / "before"), 0)
+        os.waitpid(start(Case("", "", COMMANDS[mode], mode, inside=limited(size)), folder / "before"), 0)
         if (folder / "before" / "out").exists():
             (folder / "before" / "out").rename(folder / "out")
         shutil.rmtree(folder / "before")
