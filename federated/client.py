@@ -8,6 +8,7 @@ from torch import nn
 from core.protocol import Batch, Kind, Recipe, Task, Update, by_name
 from core.rng import seeded_global_rng
 from defenses.base import Gradient, Pipeline, PlainStep, Tensors, parse
+from models.winograd import use_fast_convs_
 
 
 def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> Update:
@@ -28,9 +29,15 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
 
     `rng` shuffles the minibatches and draws dropout masks and a defence's noise. Returns the update and the mean
     training loss, which stays with the experimenter and is not sent. `model` is not changed.
+
+    On a CPU and in eval mode, large convolutions are computed by Winograd's algorithm. It rounds about as torch's does
+    (tests/test_simulation.py). In train mode BatchNorm over few entries multiplies rounding errors, up to a hundredfold
+    in a few steps, and torch's convolutions are used.
     """
     defense = parse(recipe.defense)
     local = _private_copy(model, recipe, defense)
+    if batch.labels.device.type == "cpu" and recipe.model_mode == "eval":
+        use_fast_convs_(local, task.domain.to_model(batch.examples[: recipe.batch_size]), second_order=False)
     before = [p.detach().clone() for p in local.parameters()]
     optimizer = (_Adam if recipe.optimizer == "adam" else _SGD)(local, recipe)
     losses: list[float] = []
@@ -62,7 +69,7 @@ def _step(
 def _update(
     kind: Kind, model: nn.Module, tensors: Tensors, num_examples: int, defense: Pipeline, rng: torch.Generator
 ) -> Update:
-    sent = tuple(t.detach() for t in defense.on_update(tensors, rng))
+    sent = tuple(t.detach().contiguous() for t in defense.on_update(tensors, rng))
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     return Update(kind, by_name(model, sent), num_examples, buffers)
 

@@ -6,7 +6,7 @@ A source yields what a server receives, as a `Trial`. A `Trial` also holds the t
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,25 @@ class Trial:
     aggregate: int = 1  # number of clients whose weighted mean the update is
 
 
+@dataclass(frozen=True)
+class ClientJob:
+    """A client's part of a round, to be computed here or in another process: the arguments of `client.train`."""
+
+    model: nn.Module
+    batch: Batch
+    task: Task
+    recipe: Recipe
+    rng: torch.Generator
+
+    def __call__(self) -> tuple[Update, float]:
+        """The update, and the mean training loss."""
+        return train(self.model, self.batch, self.task, self.recipe, self.rng)
+
+
+def train_one_by_one(jobs: Iterable[ClientJob]) -> Iterator[tuple[Update, float]]:
+    return (job() for job in jobs)
+
+
 @dataclass
 class Session:
     """What a source works on: the model, the place of its data, and the server's part of each broadcast."""
@@ -48,8 +67,12 @@ class Session:
     on_broadcast: Callable[[nn.Module, Recipe], nn.Module]  # the model that the server sends with a recipe
     personalize: Callable[[nn.Module, int], nn.Module] = lambda model, client: model  # what client k of a sum receives
     isolates: bool = False  # whether the first client of a sum is the only one whose examples are sought
+    uses_final_model: bool = True  # False: the model after the last attacked round need not be computed
+    train_clients: Callable[[Iterable[ClientJob]], Iterator[tuple[Update, float]]] = train_one_by_one  # in order
     on_round: Callable[[dict[str, Any]], None] = lambda record: None  # loss and learning rate at the end of a round
-    on_client: Callable[[int, int, int], None] = lambda number, trained, clients: None  # round, clients trained, of all
+    on_client: Callable[[int, int, int], None] = lambda number, trained, clients: (
+        None
+    )  # round, clients trained, of how many
 
     def broadcast(self, recipe: Recipe) -> None:
         self.model = self.on_broadcast(self.model, recipe)
@@ -238,20 +261,21 @@ class FedAvgSource:
             session.broadcast(recipe)
             chosen = sample_clients(len(self.parts), self.clients_per_round, stream(session.seed, "clients", number))
             targets = sorted(chosen, key=lambda k: (attacked[k], k))[: min(per_round, self.count - index)]
+            ends = index + len(targets) == self.count and not session.uses_final_model
             updates, losses = [], []
             if self.aggregate > 1:
                 chosen = sorted(chosen, key=lambda k: k not in targets)  # the victim is client 0 of the sum
-            for trained, client in enumerate(chosen):
+            elif ends:
+                chosen = [k for k in chosen if k in targets]
+            results = session.train_clients(self._jobs(session, recipe, number, chosen))
+            for trained, (client, (update, loss)) in enumerate(zip(chosen, results, strict=True), 1):
                 session.on_client(number, trained, len(chosen))
-                truth = self.private.take(self.parts[client]).to(session.device)
-                rng = stream(session.seed, "client", number, client)
-                received = session.personalize(session.model, trained)
-                update, loss = train(received, truth, session.task, recipe, rng)
                 updates.append(update)
                 losses.append(loss)
                 if client in targets and self.aggregate == 1:
                     attacked[client] += 1
                     origin = {"round": number, "client": client}
+                    truth = self.private.take(self.parts[client]).to(session.device)
                     names = self.private.names_at(self.parts[client])
                     yield Trial(index, session.model, recipe, update, truth, origin, names)
                     index += 1
@@ -263,10 +287,20 @@ class FedAvgSource:
                 origin = {"round": number, "client": chosen[0]} if session.isolates else {"round": number}
                 yield _trial_of_sum(index, session, recipe, updates, batches, origin=origin, names=names)
                 index += 1
-            aggregate(session.model, defense.on_aggregate(updates))
+            if not ends:
+                aggregate(session.model, defense.on_aggregate(updates))
             mean_loss = sum(losses) / len(losses)
             finite = mean_loss if math.isfinite(mean_loss) else None  # None: local training diverged
-            session.on_round({"round": number, "loss": finite, "lr": recipe.lr})
+            session.on_round({"round": number, "clients": len(losses), "loss": finite, "lr": recipe.lr})
+            if ends:
+                return
+
+    def _jobs(self, session: Session, recipe: Recipe, number: int, chosen: Sequence[int]) -> Iterator[ClientJob]:
+        """The training of a round's clients."""
+        for place, client in enumerate(chosen):
+            batch = self.private.take(self.parts[client]).to(session.device)
+            received = session.personalize(session.model, place)
+            yield ClientJob(received, batch, session.task, recipe, stream(session.seed, "client", number, client))
 
 
 def _check_rates(lr: float, decay: float, rounds: int) -> None:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from core.protocol import LOSSES, Recipe
 from models.inspection import differentiable_attention
-from models.winograd import WinogradConv, taps_first
+from models.winograd import WinogradConv, taps_first, use_fast_convs_
 
 CHECKPOINT_FROM = 4  # local steps
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's
@@ -47,7 +47,7 @@ class MetaModel:
         self._module = deepcopy(module).eval()
         self._mode, self._loss_name = mode, loss
         if fast_convs is not None:
-            self._use_fast_convs(fast_convs)
+            use_fast_convs_(self._module, fast_convs)
         self._set_up(conv_dtype)
 
     def _set_up(self, conv_dtype: torch.dtype | None) -> None:
@@ -69,18 +69,6 @@ class MetaModel:
                 self._statistics.update(layer.named_buffers(prefix, recurse=False))
             if isinstance(layer, WinogradConv):
                 layer.compute_dtype = conv_dtype
-
-    def _use_fast_convs(self, inputs: Tensor) -> None:
-        shapes: dict[nn.Module, torch.Size] = {}
-        layers = [m for m in self._module.modules() if type(m) is nn.Conv2d]
-        hooks = [m.register_forward_pre_hook(lambda m, x: shapes.update({m: x[0].shape})) for m in layers]
-        with torch.no_grad():
-            self._module(inputs)
-        for hook in hooks:
-            hook.remove()
-        for layer in layers:
-            if layer in shapes and WinogradConv.is_applicable(layer, shapes[layer]):
-                WinogradConv.convert_(layer)
 
     @property
     def module(self) -> nn.Module:

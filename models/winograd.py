@@ -19,6 +19,8 @@ from torch import Tensor, nn
 POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)  # and infinity; rounding is a third less than at 0, ±1, ±2
 TILE, PATCH = 4, 6  # sides of a tile of the output, and of what it sees of the input
 FEWEST = 32  # tiles, and channels: below, the transforms cost more than the products they save
+FEWEST_CHANNELS_FIRST_ORDER = 256  # likewise, of channels, where no second derivative is taken
+FEWEST_TILES_FIRST_ORDER = 64
 
 
 def bilinear(points: Sequence[float], taps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,14 +60,18 @@ class WinogradConv(nn.Conv2d):
     compute_dtype: torch.dtype | None = None
 
     @staticmethod
-    def is_applicable(layer: nn.Module, shape: Sequence[int]) -> bool:
-        """Whether `layer` is a convolution that is faster this way, on inputs of `shape` (N, C, H, W)."""
+    def is_applicable(layer: nn.Module, shape: Sequence[int], second_order: bool = True) -> bool:
+        """Whether `layer` is a convolution that is faster this way, on inputs of `shape` (N, C, H, W).
+
+        second_order: whether its gradient is differentiated again; one that is not pays on fewer layers.
+        """
+        channels, tiles = (FEWEST, FEWEST) if second_order else (FEWEST_CHANNELS_FIRST_ORDER, FEWEST_TILES_FIRST_ORDER)
         return (
             type(layer) is nn.Conv2d
             and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
             and (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
-            and min(layer.in_channels, layer.out_channels) >= FEWEST
-            and shape[0] * math.ceil(shape[2] / TILE) * math.ceil(shape[3] / TILE) >= FEWEST
+            and min(layer.in_channels, layer.out_channels) >= channels
+            and shape[0] * math.ceil(shape[2] / TILE) * math.ceil(shape[3] / TILE) >= tiles
         )
 
     @staticmethod
@@ -87,6 +93,28 @@ class WinogradConv(nn.Conv2d):
         y = y.permute(3, 2, 4, 0, 5, 1).reshape(n, self.out_channels, TILE * rows, TILE * columns)
         y = y[..., :height, :width]
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+
+def use_fast_convs_(module: nn.Module, inputs: Tensor, second_order: bool = True) -> None:
+    """Turn the convolutions of `module` that are faster this way on `inputs` (N, *shape) into WinogradConvs, in place.
+
+    The module is called once, in eval mode and without gradients. It keeps its mode, parameters and buffers.
+    """
+    layers = [m for m in module.modules() if type(m) is nn.Conv2d]
+    if not any(WinogradConv.is_applicable(m, (10**6, 0, TILE, TILE), second_order) for m in layers):
+        return
+    shapes: dict[nn.Module, torch.Size] = {}
+    hooks = [m.register_forward_pre_hook(lambda m, x: shapes.update({m: x[0].shape})) for m in layers]
+    modes = {m: m.training for m in module.modules()}
+    with torch.no_grad():
+        module.eval()(inputs)
+    for layer, training in modes.items():
+        layer.training = training
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        if layer in shapes and WinogradConv.is_applicable(layer, shapes[layer], second_order):
+            WinogradConv.convert_(layer)
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -72,7 +72,8 @@ def learning_curve(path: Path, rounds: Sequence[Mapping[str, Any]]) -> None:
         from matplotlib.ticker import MaxNLocator
 
         figure, axes = plt.subplots(2, 1, figsize=(style.WIDTH, 1.3 * style.HEIGHT), sharex=True, layout="constrained")
-        axes[0].plot(numbers, [r["accuracy"] for r in rounds], color=style.COLORS[0], marker="o")
+        measured = [(r["round"] + 1, r["accuracy"]) for r in rounds if "accuracy" in r]
+        axes[0].plot(*zip(*measured, strict=True), color=style.COLORS[0], marker="o")
         axes[0].set(ylabel="test accuracy", ylim=(0, 1), title="training")
         axes[1].plot(numbers, losses, color=style.COLORS[1], marker="s")
         axes[1].set(xlabel="round", ylabel="training loss")

@@ -301,7 +301,7 @@ ENTRIES = (
         "training loss",
         "training_loss",
         lambda s: number(s["training_loss"], 3),
-        "mean training loss of the clients over all rounds",
+        "mean training loss of the clients that trained, over all rounds",
     ),
     Entry(
         "seconds",

@@ -6,13 +6,9 @@ this process: a worker is sent an `Observation`, and nothing else of the trial.
 
 import dataclasses
 import functools
-import gc
-import multiprocessing
 import os
 import pickle
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -186,10 +182,7 @@ def run_in_workers(runner: TrialRunner, jobs: Iterator[Job], listen: Listener, c
         yield from _dispatch(jobs, lambda packed, index: pool.submit(_work, packed, index), pending, count, collect)
         finished = True
     finally:
-        if not finished:  # interrupted, perhaps while a worker starts: trials under way are not waited for
-            for worker in multiprocessing.active_children():
-                worker.kill()
-        pool.shutdown(wait=finished, cancel_futures=True)
+        workers.end(pool, finished)
         shared.close()
 
 
@@ -197,19 +190,10 @@ _worker: dict[str, Any] = {}  # of a worker process: set once, when it starts
 
 
 def _start_worker(shared: str, progress: Any) -> None:
-    gc.freeze()  # pages shared with the server stay shared until a collection writes to them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    workers.start_worker()
     with open(shared, "rb") as file:
         _worker.update(runner=pickle.load(file), progress=progress)
     torch.set_num_threads(_worker["runner"].threads)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(packed: bytes, index: int) -> bytes:

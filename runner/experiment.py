@@ -134,8 +134,9 @@ class Experiment:
         def on_broadcast(model: nn.Module, recipe: Recipe) -> nn.Module:
             return self.attack.implant(model, self.task, self.public_on_device, recipe)
 
-        attack = self.attack
-        return Session(self.model, self.task, self.device, self.seed, on_broadcast, attack.personalize, attack.isolates)
+        attack, evaluates = self.attack, bool(getattr(self.flags, "eval_every", 0))
+        parts = (self.model, self.task, self.device, self.seed)
+        return Session(*parts, on_broadcast, attack.personalize, attack.isolates, uses_final_model=evaluates)
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
         """The trials of the source that have not finished, as jobs; truth stays in their payload."""
@@ -164,6 +165,18 @@ class Experiment:
             return 1
         count = self.flags.jobs or (1 if self.device.type == "cuda" else max(1, cores() // self.threads))
         return min(count, self.flags.trials)
+
+    @property
+    def training_processes(self) -> int:
+        """Processes that train clients: one for each core, unless trials are attacked in worker processes."""
+        if self.worker_count > 1 or self.device.type == "cuda":
+            return 1
+        return self.flags.jobs or max(1, cores() // self.threads)
+
+    def measures_accuracy(self, number: int) -> bool:
+        """Whether test accuracy is measured after round `number`."""
+        every = getattr(self.flags, "eval_every", 0)
+        return bool(every) and ((number + 1) % every == 0 or number + 1 == self.source.rounds)
 
     @property
     def threads(self) -> int:

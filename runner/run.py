@@ -28,6 +28,7 @@ from runner.executors import Job, Listener, Result, Results, TrialRunner, run_in
 from runner.experiment import Experiment, MakeSource, commit
 from runner.progress import Bar
 from runner.store import Store
+from runner.training import ClientTrainer
 from utils.files import digest
 
 
@@ -99,12 +100,13 @@ class _Run:
             self.trials_done = len(finished)
             session.on_client = functools.partial(self._on_client, bar)
             session.on_round = functools.partial(self._on_round, bar, session)
-            jobs = experiment.jobs_of(session, finished)
-            with contextlib.closing(self._results(jobs, functools.partial(self._on_progress, bar))) as results:
-                for job, result in results:
-                    self._add(job, result)
-                    self.trials_done += 1
-                    bar.finish(job.index, self._description, self._mean_score)
+            with ClientTrainer(experiment.training_processes, experiment.threads) as session.train_clients:
+                jobs = experiment.jobs_of(session, finished)
+                with contextlib.closing(self._results(jobs, functools.partial(self._on_progress, bar))) as results:
+                    for job, result in results:
+                        self._add(job, result)
+                        self.trials_done += 1
+                        bar.finish(job.index, self._description, self._mean_score)
         return self._finish()
 
     def _pretrain(self) -> None:
@@ -131,17 +133,19 @@ class _Run:
         return self.scoring.progress(self.scores)
 
     def _on_client(self, bar: Bar, number: int, trained: int, clients: int) -> None:
-        """Client `trained` of a round starts its training."""
-        where = f"round {number + 1}/{self.experiment.source.rounds}, client {trained + 1}/{clients}"
+        """`trained` of a round's clients have trained."""
+        where = f"round {number + 1}/{self.experiment.source.rounds}, client {trained}/{clients}"
         bar.update(("round", number), trained / clients, f"{self._description}, {where}", self._mean_score)
 
     def _on_round(self, bar: Bar, session: Session, record: dict[str, Any]) -> None:
         """A round has ended."""
         number, rounds = record["round"], self.experiment.source.rounds
-        record = {**record, "accuracy": self.experiment.accuracy(session.model)}
+        where = f"round {number + 1}/{rounds}"
+        if self.experiment.measures_accuracy(number):
+            record = {**record, "accuracy": self.experiment.accuracy(session.model)}
+            where += f", accuracy {record['accuracy']:.2f}"
         self.rounds.append(record)
         self.store.log("rounds.jsonl", record)
-        where = f"round {number + 1}/{rounds}, accuracy {record['accuracy']:.2f}"
         bar.finish(("round", number), f"{self._description}, {where}", self._mean_score)
 
     def _on_progress(self, bar: Bar, trial: int, iteration: int, total: int, objective: float) -> None:
@@ -220,9 +224,10 @@ class _Run:
             summary |= identified_bound(found, summary["identified"])
         if self.rounds:
             losses = [record["loss"] for record in self.rounds]
-            summary["accuracy"] = self.rounds[-1]["accuracy"]
             summary["training_loss"] = None if None in losses else sum(losses) / len(losses)
-            figures.learning_curve(store.folder / "accuracy.png", self.rounds)
+            if "accuracy" in self.rounds[-1]:
+                summary["accuracy"] = self.rounds[-1]["accuracy"]
+                figures.learning_curve(store.folder / "accuracy.png", self.rounds)
         names = [row["file"] for row in rows] if all("file" in row for row in rows) else None
         domain = experiment.task.domain
         view = tables.VIEWS[domain.name]

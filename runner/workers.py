@@ -5,12 +5,14 @@ itself computes nothing: a process whose OpenMP threads have worked cannot fork.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
@@ -41,6 +43,28 @@ def context() -> BaseContext:
     with _in_project_root(), _signals_blocked(), handed_over():
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
+
+
+def start_worker() -> None:
+    """What every worker does first: it ignores Ctrl-C, and ends when the process that started it ends."""
+    gc.freeze()  # pages shared with the server stay shared until a collection writes to them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def end(pool: ProcessPoolExecutor, finished: bool) -> None:
+    """End the workers of a pool; unless the run has `finished`, perhaps while one starts, without waiting for them."""
+    if not finished:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    pool.shutdown(wait=finished, cancel_futures=True)
 
 
 @contextlib.contextmanager

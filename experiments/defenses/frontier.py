@@ -119,7 +119,18 @@ def cells(flags: Flags) -> list[Cell]:
     found = []
     for name, text, strength in chosen:
         words = [*common, "--defense", text, "--model", "lenet"]
-        training = ["--rounds", str(rounds), "--clients", "10", "--client-images", "32", "--batch-size", "8"]
+        training = [
+            "--rounds",
+            str(rounds),
+            "--eval-every",
+            str(rounds),
+            "--clients",
+            "10",
+            "--client-images",
+            "32",
+            "--batch-size",
+            "8",
+        ]
         found.append(Cell("baseline", text, name, strength, False, 0, ("baseline", *words, *training, "--trials", "1")))
         for attack in flags.attacks:
             images, own, counters = CELLS[attack]

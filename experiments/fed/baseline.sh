@@ -8,4 +8,4 @@ DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 exec "$PYTHON" "$ROOT/main_fed.py" baseline --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
     --model cnn --normalize dataset --client-images 200 --batch-size 20 --local-lr 0.02 --momentum 0.9 --lr-decay 0.95 \
-    --rounds 30 --trials 1 --threads 2 "$@"
+    --rounds 30 --trials 1 --eval-every 1 --threads 2 "$@"

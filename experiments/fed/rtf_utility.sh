@@ -10,7 +10,7 @@ ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 OUT=${OUT:-$ROOT/results/utility}
 for attack in baseline rtf; do
     "$PYTHON" "$ROOT/main_fed.py" "$attack" --dataset "$DATASET" --base-datadir "$BASE_DATADIR" --out "$OUT" \
-        --model cnn --clients 4 --client-images 64 --batch-size 8 --local-lr 0.1 --rounds 20 --trials 20 \
+        --model cnn --clients 4 --client-images 64 --batch-size 8 --local-lr 0.1 --rounds 20 --trials 20 --eval-every 1 \
         --sweep "seed=${SEEDS:-0,1,2}" "$@" || exit
 done
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
