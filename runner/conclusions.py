@@ -1,7 +1,7 @@
 """What an audit concludes from the attacks that ran: entries of audit.json, the worst case and the verdict."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from defenses.base import parse
@@ -48,31 +48,36 @@ def _mean_of(records: list[dict[str, Any]], key: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def nearest_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Of each record, the row of the attack that came nearest to it."""
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in (row for o in outcomes for row in o.rows):
+        key = (row["trial"], row["image"])
+        if key not in best or row["psnr"] > best[key]["psnr"]:
+            best[key] = row
+    return list(best.values())
+
+
 def worst_case(outcomes: list[Outcome]) -> dict[str, Any] | None:
     """Over all attacks: the share of records that some attack recovers, and the strongest attack of each server."""
-    best: dict[tuple[int, int], dict[str, Any]] = {}
-    for o in outcomes:
-        for row in o.rows:
-            key = (row["trial"], row["image"])
-            if key not in best or row["psnr"] > best[key]["psnr"]:
-                best[key] = row
+    best = nearest_rows(outcomes)
     if not best:
         return None
-    summary = summarize(list(best.values()), [])
+    summary = summarize(best, [])
     strongest = {}
     for threat in THREATS:
         ran = [o for o in outcomes if o.rows and o.attack.threat == threat]
         if ran:
             top = max(ran, key=lambda o: (o.share, statistics.fmean(row["psnr"] for row in o.rows)))
             strongest[threat] = {"attack": top.attack.name, "recovered": top.share}
-    exposed = sorted(best.values(), key=lambda row: -row["psnr"])[:5]
+    exposed = sorted(best, key=lambda row: -row["psnr"])[:5]
     return {
         "records": len(best),
-        "recovered": sum(map(is_recovered, best.values())),
+        "recovered": sum(map(is_recovered, best)),
         "share": summary["success_rate"],
         "interval": summary["recovered"].get("20"),
         "mean_psnr": summary["psnr"]["mean"] if summary["psnr"] else None,
-        "max_psnr": max(row["psnr"] for row in best.values()),
+        "max_psnr": max(row["psnr"] for row in best),
         "mean_image_psnr": summary["baseline_psnr"],
         "class_mean_psnr": summary["class_baseline_psnr"],
         "strongest": strongest,
