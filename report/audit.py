@@ -145,7 +145,8 @@ def _recommendation(advice: Mapping[str, Any] | None) -> Iterator[str | Table]:
         weakest = "the weakest setting tried" if advice["weakest"] else "a setting, perhaps not the weakest,"
         yield (
             f'`--defense "{advice["setting"]}"` is {weakest} under which every attack that leaked now '
-            "passes. The attacker knows the setting. Its cost in accuracy was not measured."
+            "passes. The attacker knows the setting. Its cost in accuracy was not measured: `main_fed.py baseline`, "
+            "with this defence and without it, prints the test accuracy of a training."
         )
     shares = (", ".join(f"{name} {share:.0%}" for name, share in e["recovered"].items()) for e in advice["tried"])
     rows = [(entry["defense"], share or "-") for entry, share in zip(advice["tried"], shares, strict=True)]
@@ -206,13 +207,27 @@ def _attacks(entries: Sequence[Mapping[str, Any]]) -> Iterator[str | Table | Poi
         yield Table(("attacks", "", "reason"), [(", ".join(names), *why) for why, names in others.items()])
 
 
-def _proof(r: Result) -> Iterator[Points]:
-    inspection = r["inspection"]
-    lines = [r["formal"]["text"]]
-    lines.append(f"{inspection['ratio']:.1f} gradient entries for each unknown number of the update's records")
+def _proof(r: Result) -> Iterator[str | Points | Table]:
+    inspection, formal = r["inspection"], r["formal"]
+    yield formal["text"]
+    if formal["bounds"]:
+        yield "No attack, known or unknown, finds the true one among so many candidates more often than this:"
+        rows = [(str(b["candidates"]), f"{b['chance']:.3f}", f"{b['bound']:.3f}") for b in formal["bounds"]]
+        yield Table(("candidates", "chance", "bound"), rows)
+    if formal["identified"]:
+        yield "Measured: records whose reconstruction is nearer to them than to every candidate that nobody sent:"
+        head = ("attack", "identified, 95%", "candidates", "chance", "bound")
+        yield Table(head, [_identified(entry) for entry in formal["identified"]])
+    lines = [f"{inspection['ratio']:.1f} gradient entries for each unknown number of the update's records"]
     for leak in inspection["leaks"]:
         lines.append(f"{leak['name']}: {leak['share']:.0%} of the {leak['of']} are expected to be alone on a neuron")
     yield Points([*lines, *inspection["facts"]])
+
+
+def _identified(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    limits = f"{entry['share']:.2f} [{number(entry['low'])}, {number(entry['high'])}]"
+    bound = "none" if entry["bound"] is None else f"{entry['bound']:.3f}"
+    return entry["attack"], limits, str(entry["candidates"]), f"{entry['chance']:.3f}", bound
 
 
 def number(value: float | None, digits: int = 2) -> str:

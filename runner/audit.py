@@ -126,7 +126,7 @@ def conclude(battery: Battery, outcomes: list[Outcome], words: list[str], code: 
         "attacks": entries,
         "agreement": agreement,
         "control": controlled,
-        "formal": formal(subject),
+        "formal": formal(subject, entries),
         "inspection": battery.inspection.as_dict(),
         "recommendation": advice,
         "harm": harm(subject, worst),

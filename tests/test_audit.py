@@ -73,6 +73,27 @@ def test_an_undefended_recipe_fails_and_the_recommended_one_passes(
     assert {entry["attack"] for entry in found["attacks"]} == set(ATTACKS) - {"baseline"}
 
 
+def test_a_private_recipe_has_its_epsilon_beside_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaluation.guarantees import gaussian_epsilon, success_bound
+
+    sigma = 2.0
+    flags = ["--model", "fc2", "--kind", "gradient", "--trials", "2", *TINY, "--attacks", "analytic"]
+    flags += ["--defense", f"dpsgd(bound=1,sigma={sigma})", "--out", str(tmp_path), "--verdict-only"]
+    assert in_process("main_audit.py", flags, monkeypatch) == 0
+    found = audited(tmp_path)["formal"]
+    assert found["guarantee"]["epsilon"] == pytest.approx(gaussian_epsilon(1 / sigma))
+    assert [b["bound"] for b in found["bounds"]] == [
+        pytest.approx(success_bound(1 / n, 1 / sigma)) for n in (2, 10, 100)
+    ]
+    (measured,) = found["identified"]
+    assert measured["bound"] == pytest.approx(success_bound(1 / measured["candidates"], 1 / sigma))
+    page = next(tmp_path.glob("audit/*/report.html")).read_text().split('<section id="proof"')[1]
+    assert f"epsilon {gaussian_epsilon(1 / sigma):.3g}" in page
+    assert f"{success_bound(0.1, 1 / sigma):.3f}" in page
+
+
 def test_the_threshold_decides_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--model", "fc2", "--kind", "gradient", "--trials", "1", *TINY, "--attacks", "analytic"]
     assert in_process("main_audit.py", [*flags, "--out", str(tmp_path), "--threshold", "1"], monkeypatch) == 0
