@@ -99,6 +99,12 @@ class Fed(Common):
     eval_every: int = hp(
         0, "rounds from one measurement of test accuracy to the next; the last round is measured too; 0: never", ge=0
     )
+    attack_rounds: tuple[int, ...] = hp(
+        (), "rounds, from 1, in which the same clients are attacked; default: all, and the clients attacked least"
+    )
+    engine: Literal["own", "flower"] = hp(
+        "own", "federation: this suite's own loop, or Flower's simulation (needs flwr and ray)"
+    )
     partition: Literal["iid", "dirichlet", "classes"] = hp("iid", "distribution of the private images over clients")
     beta: float | None = hp(None, "concentration of the dirichlet partition; default: 0.5", gt=0)
     classes_per_client: int | None = hp(None, "classes of a client in the classes partition; default: 2", ge=1)

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,22 @@ def page(runs: Mapping[Run, str], left_out: Sequence[Path], show_victims: bool) 
     runs: at least one, with its details. left_out: folders without a run that can be shown.
     """
     pictures = gather_pictures([*runs], show_victims)
+    return document(headline([*runs]), _body(runs, left_out, pictures))
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A whole HTML document, with style and script inside, which may load nothing."""
     script = (HERE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = "".join(_body(runs, left_out, pictures))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(headline([*runs]))} · Federated Privacy Attack</title>\n"
+        f"<title>{escape(title)} · Federated Privacy Attack</title>\n"
         f"<style>{_colors()}{(HERE / 'style.css').read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
+        f"<body>\n{''.join(body)}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -144,7 +148,7 @@ def _body(found: Mapping[Run, str], left_out: Sequence[Path], pictures: Mapping[
     yield from _glossary()
     yield from _left_out(left_out)
     yield "</main>"
-    yield _lightbox()
+    yield lightbox()
 
 
 def _hero(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]]) -> Iterator[str]:
@@ -164,7 +168,7 @@ def _hero(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]]) -> Iterator
     yield "</div>"
     pairs = pictures.get(first.number)
     if pairs and pairs[0].size is not None:
-        yield f'<div class="showcase">{_pair(first, 0, pairs[0], big=True)}</div>'
+        yield f'<div class="showcase">{_pair(first, pairs[0], big=True)}</div>'
     yield "</header>"
 
 
@@ -388,7 +392,7 @@ def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
             yield '<p class="private">The file of reconstructions is missing or damaged, so there are no pictures.</p>'
         return
     yield '<div class="gallery">'
-    yield from (_pair(run, i, pair) for i, pair in enumerate(pairs))
+    yield from (_pair(run, pair) for pair in pairs)
     yield "</div>"
     notes = []
     if len(pairs) < len(run.rows):
@@ -399,7 +403,12 @@ def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
         yield f'<p class="note">{" ".join(notes)}</p>'
 
 
-def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
+def _pair(run: Run, pair: Pair, big: bool = False) -> str:
+    name = "" if run.is_audit or "file" not in pair.row else f" · {pair.row['file']}"
+    return pair_figure(_title(run), pair, name, big)
+
+
+def pair_figure(title: str, pair: Pair, name: str = "", big: bool = False) -> str:
     """Truth and reconstruction side by side, and how near they are."""
     row = pair.row
     missed = row.get("match") is None
@@ -410,7 +419,6 @@ def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
     quality = "missed" if missed else "recovered" if recovered else "not recovered"
     beside = "" if null is None else f"null {null:.1f} dB"
     rank = f'<span class="rank">{pair.rank}</span>' if pair.rank else ""
-    name = "" if run.is_audit or "file" not in row else f" · {row['file']}"
     caption = (
         f'<figcaption>{rank}<span class="score {"yes" if recovered else "no"}"><strong>{score}</strong> '
         f"{quality}</span>"
@@ -429,9 +437,9 @@ def _pair(run: Run, index: int, pair: Pair, big: bool = False) -> str:
         if pair.right
         else '<span class="nothing">no reconstruction</span>'
     )
-    label = escape(f"Enlarge {pair.rank or 'pair'}: {_title(run)}, {where}, {score}")
+    label = escape(f"Enlarge {pair.rank or 'pair'}: {title}, {where}, {score}")
     tag = '<span class="tag" aria-hidden="true">'
-    words = " · ".join(part for part in (_title(run), where, f"{score}, {quality}", beside) if part)
+    words = " · ".join(part for part in (title, where, f"{score}, {quality}", beside) if part)
     return (
         f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" '
         f'data-caption="{escape(words)}"><span class="aside">{label}</span>'
@@ -520,7 +528,8 @@ def _left_out(folders: Sequence[Path]) -> Iterator[str]:
         yield "</ul></section>"
 
 
-def _lightbox() -> str:
+def lightbox() -> str:
+    """The dialog of an enlarged pair, and the place of a drawing's exact values."""
     return (
         '<dialog id="lightbox" aria-labelledby="lightbox-caption"><div class="pictures"></div>'
         '<p id="lightbox-caption"></p><div class="buttons"><button type="button" data-step="-1">← Previous</button>'
