@@ -36,6 +36,7 @@ MALICIOUS: dict[str, list[dict[str, object]]] = {
         {"weight_init": "white", "bias": "quantile"},
     ],
     "fishing": [{}],
+    "loki": [{"slots": 4}],
 }
 
 
