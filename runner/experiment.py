@@ -134,9 +134,18 @@ class Experiment:
         def on_broadcast(model: nn.Module, recipe: Recipe) -> nn.Module:
             return self.attack.implant(model, self.task, self.public_on_device, recipe)
 
-        attack, evaluates = self.attack, bool(getattr(self.flags, "eval_every", 0))
-        parts = (self.model, self.task, self.device, self.seed)
-        return Session(*parts, on_broadcast, attack.personalize, attack.isolates, uses_final_model=evaluates)
+        attack = self.attack
+        return Session(
+            self.model,
+            self.task,
+            self.device,
+            self.seed,
+            on_broadcast,
+            attack.personalize,
+            attack.isolates,
+            uses_final_model=bool(getattr(self.flags, "eval_every", 0)),
+            interrogate=attack.interrogate,
+        )
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
         """The trials of the source that have not finished, as jobs; truth stays in their payload."""

@@ -279,6 +279,7 @@ def without(requirement: str) -> nn.Module | None:
         ),
         "pixel_layer_bias": nn.Sequential(flat, nn.Linear(side, 32, bias=False), nn.ReLU(), nn.Linear(32, 6)),
         "hidden_layer": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6)),
+        "linear_head": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6, bias=False)),
         "attention": nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 24), flat, nn.Linear(144, 6)),
         "relu": nn.Sequential(flat, nn.Linear(side, 32), nn.Sigmoid(), nn.Linear(32, 6)),
         "double_backward": nn.Sequential(nn.Conv2d(3, 4, 3), OnceDifferentiable(), flat, nn.Linear(784, 6)),
