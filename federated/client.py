@@ -1,13 +1,14 @@
 """An honest client: it computes on its own examples and sends only an `Update`."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from core.protocol import Batch, Kind, Recipe, Task, Update, by_name
 from core.rng import seeded_global_rng
-from defenses.base import Gradient, Pipeline, PlainStep, Tensors, parse
+from defenses.base import Gradient, Memory, Pipeline, PlainStep, Tensors, parse
 
 
 def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> Update:
@@ -15,7 +16,7 @@ def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: to
 
     `rng` draws dropout masks when the recipe orders train mode, and a defence's noise. `model` is not changed.
     """
-    defense = parse(recipe.defense)
+    defense = parse(recipe.defense).for_client(Memory())
     local = _private_copy(model, recipe, defense)
     with seeded_global_rng(rng):
         grads = _step(local, batch, task, recipe, defense, rng)
@@ -23,18 +24,28 @@ def gradient(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: to
     return _update("gradient", local, tensors, len(batch.labels), defense, rng)
 
 
-def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch.Generator) -> tuple[Update, float]:
+def train(
+    model: nn.Module,
+    batch: Batch,
+    task: Task,
+    recipe: Recipe,
+    rng: torch.Generator,
+    memory: Memory | None = None,
+) -> tuple[Update, float]:
     """A client's part of a FedAvg round: `recipe.steps` of SGD or Adam, then W_before - W_after.
 
-    `rng` shuffles the minibatches and draws dropout masks and a defence's noise. Returns the update and the mean
-    training loss, which stays with the experimenter and is not sent. `model` is not changed.
+    `rng` shuffles the minibatches and draws dropout masks and a defence's noise. `memory` is what the client remembers
+    of earlier rounds (None: this is its first one) and is changed. Returns the update and the mean training loss, which
+    stays with the experimenter and is not sent. `model` is not changed.
     """
-    defense = parse(recipe.defense)
+    memory = memory or Memory()
+    defense = parse(recipe.defense).for_client(memory)
     local = _private_copy(model, recipe, defense)
     before = [p.detach().clone() for p in local.parameters()]
     optimizer = _optimizer(local, recipe)
     losses: list[float] = []
-    schedule = recipe.batches(len(batch.labels), rng)
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, len(batch.labels)))
+    schedule = defense.on_schedule(recipe.batches(len(batch.labels), rng), len(batch.labels), rng)
     with seeded_global_rng(rng):
         for indices, lr in zip(schedule, recipe.learning_rates(len(schedule)), strict=True):
             optimizer.param_groups[0]["lr"] = lr
@@ -43,8 +54,10 @@ def train(model: nn.Module, batch: Batch, task: Task, recipe: Recipe, rng: torch
             for parameter, grad in zip(local.parameters(), grads, strict=True):
                 parameter.grad = grad
             optimizer.step()
+            memory.steps += 1
     delta = tuple((w - p.detach()) for w, p in zip(before, local.parameters(), strict=True))
-    return _update("delta", local, delta, len(batch.labels), defense, rng), sum(losses) / len(losses)
+    memory.rounds += 1
+    return _update("delta", local, delta, len(batch.labels), defense, rng), sum(losses) / max(len(losses), 1)
 
 
 def _step(
@@ -57,7 +70,7 @@ def _step(
     losses: list[float] | None = None,
 ) -> Gradient:
     """The defended gradient of one minibatch; losses are appended to `losses`."""
-    examples, labels = defense.on_batch(batch, task, rng)
+    examples, labels = defense.on_batch(batch, task, rng) if len(batch.labels) else batch
     inputs = task.domain.to_model(examples)
     return defense.on_gradient(PlainStep(model, inputs, recipe.targets(inputs, labels), recipe, losses), rng)
 

@@ -18,7 +18,7 @@ from core.errors import UsageError
 from core.protocol import Batch, Kind, Recipe, Task, Update
 from core.rng import stream
 from data import Dataset, Scheme, Split
-from defenses.base import parse
+from defenses.base import Memory, parse
 from federated.client import gradient, train
 from federated.server import aggregate, sample_clients
 
@@ -89,11 +89,15 @@ def _trial_of_sum(
 
 
 class Source(Protocol):
-    """Where trials come from. `kind`, `recipe` and `num_examples` are of its largest update."""
+    """Where trials come from. `kind`, `recipe` and `num_examples` are of its largest update.
+
+    smallest: number of examples of its smallest client.
+    """
 
     kind: Kind
     recipe: Recipe
     num_examples: int
+    smallest: int
     rounds: int  # of training that `Session.on_round` hears of
 
     def victims(self, seed: int) -> Tensor:
@@ -121,6 +125,10 @@ class GradientSource:
     @property
     def num_examples(self) -> int:
         return self.recipe.batch_size * self.aggregate
+
+    @property
+    def smallest(self) -> int:
+        return self.recipe.batch_size
 
     def victims(self, seed: int) -> Tensor:
         """The private examples of all batches, in order."""
@@ -225,12 +233,17 @@ class FedAvgSource:
     def num_examples(self) -> int:
         return sum(sorted(map(len, self.parts), reverse=True)[: self.aggregate])
 
+    @property
+    def smallest(self) -> int:
+        return min(map(len, self.parts))
+
     def victims(self, seed: int) -> Tensor:
         """The private examples of all clients, attacked or not."""
         return torch.cat(list(self.parts))
 
     def trials(self, session: Session) -> Iterator[Trial]:
         attacked, index = Counter[int](), 0
+        memories = [Memory() for _ in self.parts]
         per_round = -(-self.count // self.rounds)
         defense = parse(self.recipe.defense)
         for number in range(self.rounds):
@@ -246,7 +259,7 @@ class FedAvgSource:
                 truth = self.private.take(self.parts[client]).to(session.device)
                 rng = stream(session.seed, "client", number, client)
                 received = session.personalize(session.model, trained)
-                update, loss = train(received, truth, session.task, recipe, rng)
+                update, loss = train(received, truth, session.task, recipe, rng, memories[client])
                 updates.append(update)
                 losses.append(loss)
                 if client in targets and self.aggregate == 1:

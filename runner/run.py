@@ -214,7 +214,7 @@ class _Run:
             summary["companion"] = comparison.name
         summary["verdict"] = outcome(summary)
         source = experiment.source
-        found = guarantee(source.recipe, source.kind, source.rounds or 1)
+        found = guarantee(source.recipe, source.kind, source.rounds or 1, num_examples=source.smallest)
         if found is not None:
             summary["guarantee"] = found
             summary |= identified_bound(found, summary["identified"])
