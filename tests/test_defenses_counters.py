@@ -133,6 +133,18 @@ def test_the_weights_of_mixup_are_a_variable() -> None:
     assert relative(matcher, batch, matcher.counter.variables[0].init.double()) > 1e-8
 
 
+def test_the_weights_of_instahide_are_a_variable_and_the_guess_is_what_it_encodes() -> None:
+    net, batch = network(), batch_of(3)
+    recipe = Recipe(3, defense="instahide(images=2)")
+    update = gradient(net, batch, TASK, recipe, rng(2))
+    encoded = parse(recipe.defense).on_batch(batch, TASK, _inside(rng(2)))
+    matcher = GradientMatcher(Observation(TASK, recipe, net, update))
+    guess, weights = Batch(encoded.examples, batch.labels), (encoded.labels[:, :3] + 1e-300).log()
+    assert relative(matcher, guess, weights) < 1e-12
+    assert relative(matcher, guess, matcher.counter.variables[0].init.double()) > 1e-6
+    assert relative(observe(net, batch, recipe, "none"), guess) > 1e-6
+
+
 def _inside(stream: torch.Generator) -> torch.Generator:
     """The stream as on_batch sees it: the client has seeded the global stream from it first."""
     torch.randint(2**62, (), generator=stream)
