@@ -9,15 +9,12 @@ delta is simulated as one step.
 """
 
 import copy
-import hashlib
 import inspect
 import sys
 from dataclasses import asdict
 from functools import lru_cache, partial
 
 import torch
-from filelock import FileLock
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from attacks.base import Attack, register
@@ -26,8 +23,8 @@ from core.hyperparameters import hp
 from core.protocol import Batch, Observation, Recipe, Reconstruction, Task
 from core.rng import seeded_global_rng, stream
 from defenses.base import PlainStep, parse
-from models.generators.store import checkpoint_dir, data_digest
-from utils.files import digest, write_atomically
+from models.generators import store
+from utils.files import digest
 
 WEIGHT_DECAY = 1e-4
 LARGEST_BATCH = 64  # examples in an update: the network has an output for each
@@ -72,24 +69,11 @@ class LearningToInvert(Attack):
 
     def _load_or_train(self, observation: Observation) -> dict[str, Tensor]:
         """The trained network and the statistics of its inputs, from the folder of trained generators."""
-        folder = checkpoint_dir() / f"lti-{self._key(observation)}"
-        file = folder / "network.safetensors"
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock"):
-                if not file.exists():
-                    write_atomically(file, partial(save_file, self._train(observation)))
-        return load_file(file, device=str(observation.update.device))
-
-    def _key(self, observation: Observation) -> str:
-        """A digest of everything that the network depends on."""
         assert observation.public is not None, "lti needs public examples"
-        weights = hashlib.sha256()
-        for tensor in observation.model.state_dict().values():
-            weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        update, code = observation.update, inspect.getsource(sys.modules[__name__])
-        facts = [asdict(self), asdict(observation.recipe), update.kind, update.num_examples, weights.hexdigest()]
-        return digest([*facts, data_digest(observation.public), digest(code), torch.__version__, str(update.device)])
+        update, code = observation.update, digest(inspect.getsource(sys.modules[__name__]))
+        facts = [asdict(self), asdict(observation.recipe), update.kind, update.num_examples]
+        facts += [store.model_digest(observation.model), store.data_digest(observation.public), code]
+        return store.load_or_compute("lti", facts, partial(self._train, observation), update.device)
 
     def _train(self, observation: Observation) -> dict[str, Tensor]:
         inputs, targets = self._simulate(observation, stream("lti", "clients"))

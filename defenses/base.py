@@ -9,7 +9,7 @@ import math
 import re
 from abc import ABC
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import ClassVar, Protocol, TypeVar
@@ -41,6 +41,10 @@ class Step(Protocol):
     @property
     def labels(self) -> Tensor:
         """(N,) int64 or (N, num_classes) probabilities."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The training that the server ordered."""
 
     def __call__(self) -> Gradient: ...
 
@@ -76,6 +80,19 @@ class PlainStep:
 
     def only(self, chosen: Tensor) -> "PlainStep":
         return replace(self, inputs=self.inputs[chosen], labels=self.labels[chosen])
+
+
+@dataclass
+class Memory:
+    """What a client remembers from one round to the next.
+
+    rounds, steps: the number of rounds that it has finished, and of its local steps in all rounds. kept: what a
+    defence stores, by its position among those of the recipe.
+    """
+
+    rounds: int = 0
+    steps: int = 0
+    kept: dict[int, Tensors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,14 @@ class Defense(ABC):
         """
         return model
 
+    def for_client(self, memory: Memory, position: int = 0) -> "Defense":
+        """The defence of one client in one round: another one where it depends on what the client remembers."""
+        return self
+
+    def on_schedule(self, schedule: list[Tensor], num_examples: int, rng: torch.Generator) -> list[Tensor]:
+        """The minibatches of a round, as indices of a client's examples, from those that the recipe orders."""
+        return schedule
+
     def on_model(self, model: nn.Module) -> nn.Module:
         """The model a client trains, from the one it received (its own copy)."""
         return model
@@ -173,6 +198,14 @@ class Pipeline(Defense):
         for step in self.steps:
             model = step.on_architecture(model, rng)
         return model
+
+    def for_client(self, memory: Memory, position: int = 0) -> "Pipeline":
+        return Pipeline(tuple(step.for_client(memory, k) for k, step in enumerate(self.steps)))
+
+    def on_schedule(self, schedule: list[Tensor], num_examples: int, rng: torch.Generator) -> list[Tensor]:
+        for step in self.steps:
+            schedule = step.on_schedule(schedule, num_examples, rng)
+        return schedule
 
     def on_model(self, model: nn.Module) -> nn.Module:
         for step in self.steps:
@@ -233,8 +266,10 @@ class Pipeline(Defense):
                 if own.model is not None:
                     own.model(module, *values[mine])
 
-        acting = zip(self.steps, counters, strict=True)
-        misfits = [own.misfit for step, own in acting if type(step).on_update is not Defense.on_update]
+        # gradients are defended before updates, whatever the order given
+        early = [s for s in self.steps if type(s).on_update is Defense.on_update and s.counter().misfit is not None]
+        late = [s for s in self.steps if type(s).on_update is not Defense.on_update]
+        misfits = [step.counter().misfit for step in (*early, *late)]
         return Counter(
             forward,
             _only([own.weights for own in counters], "weight entries"),
@@ -287,6 +322,10 @@ class _DefendedStep:
     def labels(self) -> Tensor:
         return self.inner.labels
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.inner.recipe
+
 
 DEFENSES: Registry[type[Defense]] = Registry("defence", package="defenses")
 
@@ -317,7 +356,7 @@ def canonical(text: str) -> str:
     """The one spelling of a defence, with every parameter by name: what config.json and recipes hold."""
     steps = []
     for step in parse(text).steps:
-        values = ", ".join(f"{field.name}={getattr(step, field.name)!r}" for field in fields(step))  # type: ignore[arg-type]
+        values = ", ".join(f"{own.name}={getattr(step, own.name)!r}" for own in fields(step))  # type: ignore[arg-type]
         steps.append(f"{step.name}({values})")
     return "+".join(steps) or "none"
 
@@ -328,8 +367,8 @@ def _parse_step(text: str) -> Defense:
         raise UsageError(f"`defense`: cannot read {text!r}; write name(parameter=value), as in clip(bound=1.0)")
     name, inside, short = called.groups()
     cls = DEFENSES.find(name)
-    declared = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    usage = f"{name}({', '.join(f'{key}={field.default}' for key, field in declared.items())})"
+    declared = {own.name: own for own in fields(cls)}  # type: ignore[arg-type]
+    usage = f"{name}({', '.join(f'{key}={own.default}' for key, own in declared.items())})"
     given: dict[str, str] = {}
     if short is not None:
         given[next(iter(declared))] = short

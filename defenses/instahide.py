@@ -6,11 +6,12 @@ Inside InstaHide: all k images are the client's own. Signs apply to images centr
 """
 
 import torch
+from torch import Tensor
 
 from core.hyperparameters import hp
 from core.protocol import Batch, Task
 from defenses.base import Counter, Defense, register
-from defenses.mixup import mixed
+from defenses.mixup import mixed, mixing_counter
 
 LARGEST = 0.65  # of the weights of a mixture; the authors' code
 
@@ -35,8 +36,15 @@ class InstaHide(Defense):
         return Batch(0.5 + signs * (examples - 0.5), labels)
 
     def counter(self) -> Counter:
-        """None of its own: the attacker recovers the encoded image, whose signs it cannot undo from one update."""
-        return Counter()
+        """The weights of all mixtures are optimised with the guess, which is the encoded images.
+
+        Their signs cannot be undone from one update. The labels are those of the images before they were mixed.
+        """
+
+        def batch(examples: Tensor, labels: Tensor, task: Task, logits: Tensor) -> tuple[Tensor, Tensor]:
+            return examples, mixed(examples, labels, logits.softmax(1).to(examples), task).labels
+
+        return Counter(batch=batch, variables=mixing_counter().variables)
 
 
 def _weights(count: int, rng: torch.Generator) -> torch.Tensor:

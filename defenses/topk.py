@@ -2,6 +2,8 @@
 
 g_j <- g_j if |g_j| is among the k largest, else 0                              https://arxiv.org/abs/1704.05021
 
+With a residual, what a client does not send is added to its next update, so that the sum of all that it sent, plus the
+last residual, is the sum of its updates. An attacker who sees every round receives small entries later.
 """
 
 import math
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from core.errors import UsageError
 from core.hyperparameters import hp
-from defenses.base import Counter, Defense, Tensors, register
+from defenses.base import Counter, Defense, Memory, Tensors, register
 
 
 @register("topk")
@@ -23,10 +25,14 @@ class TopK(Defense):
 
     share: float = hp(0.1, "share of the entries that is sent", gt=0, le=1)
     scope: str = hp("layer", "range over which entries are compared: layer (each tensor) or global (all together)")
+    residual: bool = hp(False, "addition of what was not sent to the client's next update: true or false")
 
     def __post_init__(self) -> None:
         if self.scope not in ("layer", "global"):
             raise UsageError(f"`scope` is layer or global, not {self.scope!r}")
+
+    def for_client(self, memory: Memory, position: int = 0) -> Defense:
+        return _WithResidual(self, memory, position) if self.residual else self
 
     def on_update(self, tensors: Tensors, rng: torch.Generator | None = None) -> Tensors:
         if self.scope == "layer":
@@ -36,7 +42,10 @@ class TopK(Defense):
         return tuple(t * part.view_as(t) for t, part in zip(tensors, parts, strict=True))
 
     def counter(self) -> Counter:
-        """Squared distance on the entries sent; others cost only what exceeds the smallest entry sent."""
+        """Squared distance on the entries sent; others cost only what exceeds the smallest entry sent.
+
+        The residual of earlier rounds, which is in a later update, is not modelled.
+        """
         return Counter(misfit=self.misfit)
 
     def misfit(self, ours: Tensors, theirs: Tensors) -> Tensor:
@@ -48,6 +57,20 @@ class TopK(Defense):
             torch.where(t != 0, o - t, (o.abs() - s).relu()) for o, t, s in zip(ours, theirs, smallest, strict=True)
         ]
         return sum_of_squares(errors) / sum_of_squares(theirs)
+
+
+class _WithResidual(Defense):
+    """Top-k at a client that keeps what it did not send."""
+
+    def __init__(self, defense: TopK, memory: Memory, position: int) -> None:
+        self.defense, self.memory, self.position = defense, memory, position
+
+    def on_update(self, tensors: Tensors, rng: torch.Generator | None = None) -> Tensors:
+        before = self.memory.kept.get(self.position)
+        total = tensors if before is None else tuple(t + r for t, r in zip(tensors, before, strict=True))
+        sent = self.defense.on_update(total)
+        self.memory.kept[self.position] = tuple(t - s for t, s in zip(total, sent, strict=True))
+        return sent
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

@@ -116,13 +116,16 @@ def _renyi(rate: float, sigma: float, order: float) -> float:
     return float(value / (order - 1))
 
 
-def guarantee(recipe: Recipe, kind: str, rounds: int = 1, delta: float = DELTA) -> dict[str, Any] | None:
+def guarantee(
+    recipe: Recipe, kind: str, rounds: int = 1, delta: float = DELTA, num_examples: int = 0
+) -> dict[str, Any] | None:
     """What the defence of `recipe` guarantees about one update; None without a defence.
 
-    rounds: rounds of training in which a client takes part. unit: what is protected, "record" or "client"; None where
-    there is no formal guarantee, and `reason` then says why. multiplier: noise multiplier s. releases: T in one update.
-    epsilon, total_epsilon: of one update and of all rounds, exact, at `delta`; neighbours differ in one unit, which is
-    left out.
+    rounds: rounds of training in which a client takes part. num_examples: of its smallest client; 0: one minibatch.
+    unit: what is protected, "record" or "client"; None where there is no formal guarantee, and `reason` then says why.
+    multiplier: noise multiplier s. releases: T in one update. rate: probability that a record enters a release.
+    epsilon, total_epsilon: of one update and of all rounds at `delta`, exact or, for a rate below 1, RDP's upper bound;
+    neighbours differ in one unit, which is left out. mu: of one update; None for a rate below 1.
     """
     defense = parse(recipe.defense)
     if not defense.steps:
@@ -131,14 +134,18 @@ def guarantee(recipe: Recipe, kind: str, rounds: int = 1, delta: float = DELTA) 
     if unit is None:
         return {"unit": None, "reason": f"no formal guarantee: {reason}"}
     releases = recipe.local_epochs if unit == "record" and kind == "delta" else 1
+    common = {"unit": unit, "multiplier": multiplier, "rounds": rounds, "delta": delta}
+    poisson = unit == "record" and any(isinstance(s, DPSGD) and s.sampling == "poisson" for s in defense.steps)
+    if poisson and kind == "delta" and recipe.batch_size < num_examples:
+        rate, steps = recipe.batch_size / num_examples, recipe.steps(num_examples)
+        one, all_rounds = (rdp_epsilon(multiplier, count, rate, delta) for count in (steps, rounds * steps))
+        own = {"releases": steps, "rate": rate, "mu": None, "epsilon": one, "total_epsilon": all_rounds}
+        return common | own
     mu = math.sqrt(releases) / multiplier
-    return {
-        "unit": unit,
-        "multiplier": multiplier,
+    return common | {
         "releases": releases,
-        "rounds": rounds,
+        "rate": 1.0,
         "mu": mu,
-        "delta": delta,
         "epsilon": gaussian_epsilon(mu, delta),
         "total_epsilon": gaussian_epsilon(mu * math.sqrt(rounds), delta),
     }
@@ -184,7 +191,13 @@ def identified_bound(found: Mapping[str, Any], identified: Mapping[str, Any] | N
     """
     if found["unit"] is None or identified is None:
         return {}
-    bound = success_bound(1 / identified["candidates"], found["mu"])
+    kappa = 1 / identified["candidates"]
+    if found["mu"] is None:
+        steps = found["releases"]
+        draws = max(10_000, min(200_000, 5_000_000 // steps))
+        bound = subsampled_success_bound(kappa, found["multiplier"], found["rate"], steps, draws)
+    else:
+        bound = success_bound(kappa, found["mu"])
     if identified["low"] > bound + 1e-9:
         raise AssertionError(
             f"{identified['share']:.3f} of the victims were identified among {identified['candidates']} candidates, "

@@ -8,9 +8,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from core.errors import UsageError
 from core.protocol import Batch, Kind, Recipe, Task, Update
 from core.rng import stream
 from data import Dataset, Scheme, Split
-from defenses.base import parse
+from defenses.base import Memory, parse
 from federated.client import gradient, train
 from federated.server import aggregate, sample_clients
 
@@ -48,13 +48,22 @@ class ClientJob:
     task: Task
     recipe: Recipe
     rng: torch.Generator
+    memory: Memory = field(default_factory=Memory)
 
-    def __call__(self) -> tuple[Update, float]:
-        """The update, and the mean training loss."""
-        return train(self.model, self.batch, self.task, self.recipe, self.rng)
+    def __call__(self) -> "TrainedClient":
+        update, loss = train(self.model, self.batch, self.task, self.recipe, self.rng, self.memory)
+        return TrainedClient(update, loss, self.memory)
 
 
-def train_one_by_one(jobs: Iterable[ClientJob]) -> Iterator[tuple[Update, float]]:
+class TrainedClient(NamedTuple):
+    """What a client's training gives: the update, the mean training loss, and what the client remembers from now on."""
+
+    update: Update
+    loss: float
+    memory: Memory
+
+
+def train_one_by_one(jobs: Iterable[ClientJob]) -> Iterator[TrainedClient]:
     return (job() for job in jobs)
 
 
@@ -78,7 +87,7 @@ class Session:
     personalize: Callable[[nn.Module, int], nn.Module] = lambda model, client: model  # what client k of a sum receives
     isolates: bool = False  # whether the first client of a sum is the only one whose examples are sought
     uses_final_model: bool = True  # False: the model after the last attacked round need not be computed
-    train_clients: Callable[[Iterable[ClientJob]], Iterator[tuple[Update, float]]] = train_one_by_one  # in order
+    train_clients: Callable[[Iterable[ClientJob]], Iterator[TrainedClient]] = train_one_by_one  # in order
     interrogate: Callable[[nn.Module, Ask, Task, Recipe], tuple[nn.Module, Update]] = ask_once
     on_round: Callable[[dict[str, Any]], None] = lambda record: None  # loss and learning rate at the end of a round
     on_client: Callable[[int, int, int], None] = lambda number, trained, clients: (
@@ -124,11 +133,15 @@ def _trial_of_sum(
 
 
 class Source(Protocol):
-    """Where trials come from. `kind`, `recipe` and `num_examples` are of its largest update."""
+    """Where trials come from. `kind`, `recipe` and `num_examples` are of its largest update.
+
+    smallest: number of examples of its smallest client.
+    """
 
     kind: Kind
     recipe: Recipe
     num_examples: int
+    smallest: int
     rounds: int  # of training that `Session.on_round` hears of
 
     def victims(self, seed: int) -> Tensor:
@@ -156,6 +169,10 @@ class GradientSource:
     @property
     def num_examples(self) -> int:
         return self.recipe.batch_size * self.aggregate
+
+    @property
+    def smallest(self) -> int:
+        return self.recipe.batch_size
 
     def victims(self, seed: int) -> Tensor:
         """The private examples of all batches, in order."""
@@ -279,6 +296,10 @@ class FedAvgSource:
     def num_examples(self) -> int:
         return sum(sorted(map(len, self.parts), reverse=True)[: self.aggregate])
 
+    @property
+    def smallest(self) -> int:
+        return min(map(len, self.parts))
+
     def victims(self, seed: int) -> Tensor:
         """The private examples of all clients, attacked or not."""
         return torch.cat(list(self.parts))
@@ -293,6 +314,7 @@ class FedAvgSource:
 
     def trials(self, session: Session) -> Iterator[Trial]:
         attacked, index = Counter[int](), 0
+        memories = [Memory() for _ in self.parts]
         defense = parse(self.recipe.defense)
         for number in range(self.rounds):
             recipe = dataclasses.replace(self.recipe, lr=self.recipe.lr * self.lr_decay**number)
@@ -305,8 +327,8 @@ class FedAvgSource:
                 chosen = sorted(chosen, key=lambda k: k not in targets)  # the victim is client 0 of the sum
             elif ends:
                 chosen = [k for k in chosen if k in targets]
-            results = session.train_clients(self._jobs(session, recipe, number, chosen))
-            for trained, (client, (update, loss)) in enumerate(zip(chosen, results, strict=True), 1):
+            results = session.train_clients(self._jobs(session, recipe, number, chosen, memories))
+            for trained, (client, (update, loss, memories[client])) in enumerate(zip(chosen, results, strict=True), 1):
                 session.on_client(number, trained, len(chosen))
                 updates.append(update)
                 losses.append(loss)
@@ -336,12 +358,15 @@ class FedAvgSource:
             if ends:
                 return
 
-    def _jobs(self, session: Session, recipe: Recipe, number: int, chosen: Sequence[int]) -> Iterator[ClientJob]:
+    def _jobs(
+        self, session: Session, recipe: Recipe, number: int, chosen: Sequence[int], memories: Sequence[Memory]
+    ) -> Iterator[ClientJob]:
         """The training of a round's clients."""
         for place, client in enumerate(chosen):
             batch = self.private.take(self.parts[client]).to(session.device)
             received = session.personalize(session.model, place)
-            yield ClientJob(received, batch, session.task, recipe, stream(session.seed, "client", number, client))
+            rng = stream(session.seed, "client", number, client)
+            yield ClientJob(received, batch, session.task, recipe, rng, memories[client])
 
     def _ask(self, session: Session, recipe: Recipe, number: int, clients: Sequence[int], first: Update) -> Ask:
         """What these clients send for a model: `first` for the broadcast one, and other queries are trained anew."""

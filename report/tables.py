@@ -292,6 +292,13 @@ ENTRIES = (
         "bound by differential privacy on the share of victims that any attack identifies among as many candidates",
     ),
     Entry(
+        "PSNR at most (dB)",
+        "van_trees",
+        lambda s: number(s["van_trees"]["psnr"]) + (" (exceeded)" if s["van_trees"]["exceeded"] else ""),
+        "PSNR of the least mean squared error behind this noise if images were Gaussian, by van Trees' inequality; "
+        "exceeded where an attack knows more of images",
+    ),
+    Entry(
         "test accuracy",
         "accuracy",
         lambda s: number(s["accuracy"], 3),

@@ -11,7 +11,7 @@ import torch
 
 from attacks.base import ATTACKS
 from core.errors import UsageError
-from core.protocol import Batch
+from core.protocol import Batch, Observation, Update
 from data import Split
 from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
@@ -96,6 +96,7 @@ class _Run:
         """Attack and score every trial, write the results, and return the summary."""
         experiment = self.experiment
         self._pretrain()
+        self.van_trees = self._van_trees()
         finished = {record["trial"] for record in self.store.trials()}
         session, rounds = experiment.session(), experiment.source.rounds
         with Bar(experiment.flags.trials + rounds, len(finished)) as bar:
@@ -123,6 +124,21 @@ class _Run:
                 )
 
             experiment.pretrain(on_step)
+
+    def _van_trees(self) -> dict[str, Any] | None:
+        """The bound of van Trees' inequality on updates of the first round, for an honest server."""
+        experiment, source = self.experiment, self.experiment.source
+        if source.recipe.defense == "none" or experiment.attack.threat != "honest-but-curious":
+            return None
+        from evaluation.van_trees import van_trees
+
+        zeros = {name: torch.zeros_like(p) for name, p in experiment.model.named_parameters()}
+        update = Update(source.kind, zeros, source.smallest)
+        known = experiment.public_on_device
+        aggregate = int(experiment.flags.aggregate)
+        return van_trees(
+            Observation(experiment.task, source.recipe, experiment.model, update, known, aggregate=aggregate)
+        )
 
     @property
     def _description(self) -> str:
@@ -226,10 +242,13 @@ class _Run:
             summary["companion"] = comparison.name
         summary["verdict"] = outcome(summary)
         source = experiment.source
-        found = guarantee(source.recipe, source.kind, source.rounds or 1)
+        found = guarantee(source.recipe, source.kind, source.rounds or 1, num_examples=source.smallest)
         if found is not None:
             summary["guarantee"] = found
             summary |= identified_bound(found, summary["identified"])
+        if self.van_trees is not None and all(row.get("mse") is not None for row in rows):
+            measured = sum(row["mse"] for row in rows) / len(rows)
+            summary["van_trees"] = {**self.van_trees, "exceeded": measured < self.van_trees["mse"]}
         if self.rounds:
             losses = [record["loss"] for record in self.rounds]
             summary["training_loss"] = None if None in losses else sum(losses) / len(losses)

@@ -9,8 +9,7 @@ from itertools import chain
 
 import torch
 
-from core.protocol import Update
-from federated.simulation import ClientJob
+from federated.simulation import ClientJob, TrainedClient
 from runner import workers
 
 WORTHWHILE = 0.2  # seconds of a client's training from which on sending it to a worker pays
@@ -27,8 +26,8 @@ class ClientTrainer:
         self.count, self.threads = count, threads
         self.pool: ProcessPoolExecutor | None = None
 
-    def __call__(self, jobs: Iterable[ClientJob]) -> Iterator[tuple[Update, float]]:
-        """The update and the mean training loss of each client, in order."""
+    def __call__(self, jobs: Iterable[ClientJob]) -> Iterator[TrainedClient]:
+        """What the training of each client gives, in order."""
         jobs = iter(jobs)
         for job in jobs:
             start = time.perf_counter()
@@ -41,7 +40,7 @@ class ClientTrainer:
         if second is not None:
             yield from self._in_workers(chain([second], jobs))
 
-    def _in_workers(self, jobs: Iterator[ClientJob]) -> Iterator[tuple[Update, float]]:
+    def _in_workers(self, jobs: Iterator[ClientJob]) -> Iterator[TrainedClient]:
         if self.pool is None:
             self.pool = ProcessPoolExecutor(self.count, workers.context(), initializer=_start, initargs=(self.threads,))
         pending: deque[Future[bytes]] = deque()

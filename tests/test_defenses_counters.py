@@ -63,6 +63,9 @@ def relative(matcher: GradientMatcher, batch: Batch, *unknowns: Tensor) -> float
         ("oasis()", "gradient"),
         ("oasis(copies=both)", "delta"),
         ("oasis()+clip(bound=0.1)+topk(share=0.1)", "delta"),
+        ("censor(trials=2)", "gradient"),
+        ("censor(trials=2)", "delta"),
+        ("outpost(decay=0.0, prune=0.5)", "gradient"),
     ],
 )
 def test_the_objective_vanishes_at_the_truth_for_who_knows_the_defence(defense: str, kind: str) -> None:
@@ -81,7 +84,7 @@ def test_copies_of_oasis_follow_their_minibatch_through_several_steps() -> None:
     assert relative(matcher, batch) < 1e-16
 
 
-@pytest.mark.parametrize("defense", ["sign()", "qsgd(levels=7)", "qsgd(levels=7, norm=l2)"])
+@pytest.mark.parametrize("defense", ["sign()", "qsgd(levels=7)", "qsgd(levels=7, norm=l2)", "censor(version=code)"])
 def test_the_truth_is_likelier_than_another_example(defense: str) -> None:
     net, batch = network(), batch_of(1)
     matcher = observe(net, batch, Recipe(1, defense=defense), defense)
@@ -130,6 +133,18 @@ def test_the_weights_of_mixup_are_a_variable() -> None:
     assert relative(matcher, batch, matcher.counter.variables[0].init.double()) > 1e-8
 
 
+def test_the_weights_of_instahide_are_a_variable_and_the_guess_is_what_it_encodes() -> None:
+    net, batch = network(), batch_of(3)
+    recipe = Recipe(3, defense="instahide(images=2)")
+    update = gradient(net, batch, TASK, recipe, rng(2))
+    encoded = parse(recipe.defense).on_batch(batch, TASK, _inside(rng(2)))
+    matcher = GradientMatcher(Observation(TASK, recipe, net, update))
+    guess, weights = Batch(encoded.examples, batch.labels), (encoded.labels[:, :3] + 1e-300).log()
+    assert relative(matcher, guess, weights) < 1e-12
+    assert relative(matcher, guess, matcher.counter.variables[0].init.double()) > 1e-6
+    assert relative(observe(net, batch, recipe, "none"), guess) > 1e-6
+
+
 def _inside(stream: torch.Generator) -> torch.Generator:
     """The stream as on_batch sees it: the client has seeded the global stream from it first."""
     torch.randint(2**62, (), generator=stream)
@@ -164,6 +179,9 @@ def test_the_likelihood_is_that_of_the_last_step_that_changes_the_update() -> No
     last = parse("topk()+sign()").counter().misfit
     assert getattr(last, "__self__", None) == parse("sign()").steps[0]
     assert parse("sign()+dropout()").counter().misfit is not None
+    assert parse("censor()").counter().misfit is not None
+    last = parse("topk()+censor()").counter().misfit  # a client defends its gradient first
+    assert getattr(last, "__self__", None) == parse("topk()").steps[0]
     assert parse("topk()+gauss()").counter().misfit is None  # noise leaves no entry at zero
     with pytest.raises(UsageError, match="`believe=defense=none`"):
         parse("soteria()+soteria()").counter()

@@ -48,8 +48,32 @@ def test_epsilon_of_the_gaussian_mechanism_is_exact(sigma: float, steps: int) ->
     ],
 )
 def test_renyi_accounting_equals_that_of_opacus(rate: float, sigma: float, steps: int, epsilon: float) -> None:
-    """Values of Opacus 1.6.0's RDPAccountant at delta = 1e-5; several of its best orders are fractional."""
+    """Values of Opacus 1.6.0's RDPAccountant at delta = 1e-5; several of its best orders are fractional.
+
+    accountant = RDPAccountant(); accountant.history = [(sigma, rate, steps)]; accountant.get_epsilon(1e-5)
+    """
     assert rdp_epsilon(sigma, steps, rate) == pytest.approx(epsilon, rel=1e-9)
+
+
+def test_poisson_sampling_is_accounted_as_in_opacus() -> None:
+    """Steps of clients with 20 records, two of them expected in each: the constants above, and Opacus where it is."""
+    recipe = Recipe(2, defense="dpsgd(sigma=1.0, sampling=poisson)")
+    found = guarantee(recipe, "delta", rounds=3, num_examples=20)
+    assert found is not None
+    assert (found["rate"], found["releases"], found["mu"]) == (0.1, 10, None)
+    assert found["epsilon"] == pytest.approx(3.4413244589250014, rel=1e-9)
+    assert found["total_epsilon"] == rdp_epsilon(1.0, 30, 0.1)
+    share = {"share": 0.1, "low": 0.1, "candidates": 10}
+    bound = identified_bound(found, share)["identified_bound"]
+    assert bound == pytest.approx(subsampled_success_bound(0.1, 1.0, 0.1, 10), abs=0.01)
+    with pytest.raises(AssertionError, match="accounting"):
+        identified_bound(found, share | {"low": bound + 0.05})
+    for whole in (guarantee(recipe, "gradient"), guarantee(recipe, "delta", num_examples=2)):
+        assert whole is not None and whole["epsilon"] == gaussian_epsilon(1.0)
+    accounting = pytest.importorskip("opacus.accountants")
+    accountant = accounting.RDPAccountant()
+    accountant.history = [(1.0, 0.1, 10)]
+    assert found["epsilon"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
 
 
 def test_bounds_on_success() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from core.errors import UsageError
 from core.protocol import Batch, Recipe, image_task
-from defenses.base import DEFENSES, parse
+from defenses.base import DEFENSES, Memory, parse
 from defenses.mixup import beta
 from defenses.precode import Bottleneck, find_bottleneck
 from defenses.soteria import feature_sensitivity
@@ -210,6 +210,149 @@ def test_precode_is_part_of_every_copy_and_only_the_client_draws() -> None:
     assert not torch.equal(client(x), client(x))
 
 
+@pytest.mark.parametrize("version", ["paper", "code"])
+def test_censor_sends_the_norms_of_layers_and_is_orthogonal_as_published_alone(version: str) -> None:
+    net, batch = network().double(), batch_of(3)
+    batch = Batch(batch.examples.double(), batch.labels)
+    plain = gradient(net, batch, TASK, Recipe(3), rng()).ordered(net)
+    before = copy.deepcopy(net.state_dict())
+    sent = gradient(net, batch, TASK, Recipe(3, defense=f"censor(version={version}, trials=3)"), rng()).ordered(net)
+    for g, s in zip(plain, sent, strict=True):
+        assert s.norm().item() == pytest.approx(g.norm().item(), rel=1e-9)
+    cosines = torch.stack([(g * s).sum() / g.norm().square() for g, s in zip(plain, sent, strict=True)])
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+    assert (cosines.abs().max() < 1e-12) == (version == "paper")
+
+
+def test_the_projection_of_censors_program_has_a_cosine_that_grows_with_the_norm() -> None:
+    """o = r - c ||g|| u, c = <r, u>, ||r|| = 1: cos = c (1 - ||g||) / ||o||,  ||o||^2 = 1 - c^2 + c^2 (1 - ||g||)^2."""
+    defense = parse("censor(version=code)").steps[0]
+    for norm in (0.5, 1.0, 10.0):
+        g = torch.randn(8000, generator=rng(1), dtype=torch.float64)
+        g *= norm / g.norm()
+        r = torch.randn(8000, generator=rng(2), dtype=torch.float64)
+        c = ((r / r.norm()) @ (g / norm)).item()
+        o = defense.direction(g, rng(2))
+        expected = c * (1 - norm) / math.sqrt(1 - c**2 + (1 - norm) ** 2 * c**2)
+        assert (o @ g / norm**2).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_censor_sends_the_trial_with_the_lowest_loss() -> None:
+    net, batch = network(), batch_of(3)
+    x = TASK.domain.to_model(batch.examples)
+
+    def loss_after(sent: tuple[Tensor, ...]) -> float:
+        moved = copy.deepcopy(net)
+        with torch.no_grad():
+            for p, g in zip(moved.parameters(), sent, strict=True):
+                p -= 1e-4 * g
+            return torch.nn.functional.cross_entropy(moved(x), batch.labels).item()
+
+    plain = gradient(net, batch, TASK, Recipe(3), rng()).ordered(net)
+    sent = gradient(net, batch, TASK, Recipe(3, defense="censor(trials=5, version=code)"), rng()).ordered(net)
+    draws, own = _inside(rng()), parse("censor(version=code)").steps[0]
+    trials = [tuple(own.direction(g, draws) for g in plain) for _ in range(5)]
+    best = min(trials, key=loss_after)
+    assert torch.equal(flat(sent), flat(best))
+
+
+def _inside(stream: torch.Generator) -> torch.Generator:
+    """The stream as a defence sees it: the client has seeded the global stream from it first."""
+    torch.randint(2**62, (), generator=stream)
+    return stream
+
+
+def test_outpost_prunes_layers_and_adds_noise_to_the_columns_of_the_largest_fisher_information() -> None:
+    net, batch = network(), batch_of(3)
+    plain = gradient(net, batch, TASK, Recipe(3), rng()).ordered(net)
+    defense = "outpost(decay=0.0, noise=1e-3, phi=0.3, prune=0.8)"
+    sent = gradient(net, batch, TASK, Recipe(3, defense=defense), rng()).ordered(net)
+    own = parse(defense).steps[0]
+    fisher = torch.cat([g.square().mean(0).flatten() for g in plain])
+    threshold = fisher.sort(descending=True).values[int(0.3 * len(fisher)) - 1]
+    noise = []
+    for w, g, s in zip(net.parameters(), plain, sent, strict=True):
+        pruned = own.pruned(g)
+        assert (pruned == 0).sum() == int(0.8 * g.numel())
+        assert torch.equal(pruned[pruned != 0], g[pruned != 0])
+        noisy = (g.square().mean(0) >= threshold).expand_as(g)
+        assert torch.equal(s[~noisy], pruned[~noisy])
+        if noisy.any() and w.numel() > 1:
+            noise.append((s - pruned)[noisy] / (1e-3 * min(w.var().item(), 1.0)))
+    assert torch.cat(noise).std().item() == pytest.approx(1.0, rel=0.05)
+    assert torch.cat(noise).mean().item() == pytest.approx(0.0, abs=0.05)
+
+
+def test_outpost_acts_with_a_probability_that_falls_with_the_clients_steps() -> None:
+    class Fixed:
+        model = nn.Linear(2, 2)
+
+        def __call__(self) -> tuple[Tensor, ...]:
+            return tuple(torch.ones_like(p) for p in self.model.parameters())
+
+    own, draws, memory = parse("outpost(decay=1.0, noise=0)").steps[0], rng(), Memory()
+    client = own.for_client(memory)
+    for step, expected in ((1, 1 / 2), (4, 1 / 5), (19, 1 / 20)):
+        memory.steps = step - 1
+        acted = [not flat(client.on_gradient(Fixed(), draws)).all().item() for _ in range(600)]
+        assert sum(acted) / 600 == pytest.approx(expected, abs=3 * math.sqrt(expected / 600))
+    program = parse("outpost(version=code)").steps[0].for_client(Memory())
+    assert all(flat(program.on_gradient(Fixed(), draws)).eq(1).all() for _ in range(20))
+
+
+def test_what_topk_with_a_residual_sends_adds_up_to_the_updates() -> None:
+    memory, draws, sums, updates = Memory(), rng(), 0.0, 0.0
+    defense = parse("topk(share=0.1, residual=true)+topk(share=0.5, residual=true)")
+    for number in range(5):
+        update = tuple(t.double() for t in entries(number))
+        sent = defense.for_client(memory).on_update(update, draws)
+        assert all((s != 0).sum() <= math.ceil(0.1 * s.numel()) for s in sent)
+        updates, sums = updates + flat(update), sums + flat(sent)
+        assert (sums + sum(flat(kept) for kept in memory.kept.values()) - updates).abs().max() < 1e-12
+    assert set(memory.kept) == {0, 1}
+    once = [parse("topk(share=0.1)").on_update(entries(4), draws)]
+    assert torch.equal(flat(once[0]), flat(parse("topk(share=0.1, residual=true)").on_update(entries(4), draws)))
+
+
+def test_a_client_remembers_its_rounds_and_a_residual_through_training() -> None:
+    net, memory = network(), Memory()
+    recipe, plain = (Recipe(2, 2, lr=0.1, defense=text) for text in ("topk(residual=true)", "none"))
+    for number in range(3):
+        train(net, batch_of(4), TASK, recipe, rng(number), memory)
+    assert (memory.rounds, memory.steps) == (3, 12)
+    total = sum(flat(train(net, batch_of(4), TASK, plain, rng(number))[0].ordered(net)) for number in range(3))
+    again = Memory()
+    sent = sum(flat(train(net, batch_of(4), TASK, recipe, rng(number), again)[0].ordered(net)) for number in range(3))
+    assert torch.allclose(sent + flat(again.kept[0]), total, atol=1e-6)
+    last = Recipe(2, 2, lr=0.1, defense="censor(rounds=3)")
+    undefended = train(net, batch_of(4), TASK, plain, rng(0))[0].ordered(net)
+    assert torch.equal(flat(train(net, batch_of(4), TASK, last, rng(0), memory)[0].ordered(net)), flat(undefended))
+
+
+def test_poisson_minibatches_have_their_law_and_the_size_of_the_recipe() -> None:
+    recipe, own = Recipe(2, 300), parse("dpsgd(sampling=poisson)")
+    schedule = own.on_schedule(recipe.batches(10, rng()), 10, rng(1))
+    assert len(schedule) == recipe.steps(10)
+    sizes = torch.tensor([len(s) for s in schedule]).double()
+    assert sizes.mean().item() == pytest.approx(2.0, abs=0.1)
+    assert sizes.var().item() == pytest.approx(10 * 0.2 * 0.8, rel=0.1)
+    counts = torch.bincount(torch.cat(schedule), minlength=10).double() / len(schedule)
+    assert (counts - 0.2).abs().max() < 0.05
+    whole = Recipe(10).batches(10, rng())
+    assert all(map(torch.equal, own.on_schedule(whole, 10, rng()), whole))
+
+
+def test_a_poisson_step_divides_by_the_expected_size_and_an_empty_one_sends_noise() -> None:
+    net = network()
+    three = {"batch": batch_of(3), "task": TASK, "rng": rng()}
+    fixed = gradient(net, recipe=Recipe(6, defense="dpsgd(sigma=0)"), **three).ordered(net)
+    sampled = gradient(net, recipe=Recipe(6, defense="dpsgd(sigma=0, sampling=poisson)"), **three).ordered(net)
+    assert torch.allclose(flat(sampled), flat(fixed) / 2, atol=1e-8)
+    recipe = Recipe(4, defense="ats()+dpsgd(bound=2.0, sigma=0.5, sampling=poisson)")
+    empty = flat(gradient(net, batch_of(0), TASK, recipe, rng()).ordered(net))
+    assert empty.std().item() == pytest.approx(0.25, rel=0.03)
+
+
 # --- where a client applies them ---
 
 
@@ -269,7 +412,17 @@ def test_gradients_of_examples_pass_through_the_defences_before_dpsgd() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["topk(scope=all)", "topk(share=0)", "qsgd(norm=l3)", "oasis(copies=zoom)", "ats(policy=blur:3)", "sign(size=-1)"],
+    [
+        "censor(version=mine)",
+        "outpost(version=1)",
+        "dpsgd(sampling=all)",
+        "topk(scope=all)",
+        "topk(share=0)",
+        "qsgd(norm=l3)",
+        "oasis(copies=zoom)",
+        "ats(policy=blur:3)",
+        "sign(size=-1)",
+    ],
 )
 def test_impossible_parameters_are_refused(text: str) -> None:
     with pytest.raises(UsageError) as refusal:

@@ -14,7 +14,7 @@ from attacks import ATTACKS
 from core.protocol import Batch, Observation, Recipe, Update
 from core.rng import stream
 from federated.client import train
-from federated.simulation import ClientJob, FedAvgSource, Session, Trial, train_one_by_one
+from federated.simulation import ClientJob, FedAvgSource, Session, TrainedClient, Trial, train_one_by_one
 from models import build
 from models.winograd import WinogradConv
 from runner import training
@@ -46,7 +46,7 @@ def test_only_clients_whose_updates_are_used_train(trials: int, rounds: int, tra
     for uses_final_model in (True, False):
         jobs: list[ClientJob] = []
 
-        def counted(given: Iterable[ClientJob], jobs: list[ClientJob] = jobs) -> Iterator[tuple[Update, float]]:
+        def counted(given: Iterable[ClientJob], jobs: list[ClientJob] = jobs) -> Iterator[TrainedClient]:
             for job in given:
                 jobs.append(job)
                 yield job()
@@ -78,7 +78,7 @@ def test_worker_processes_send_the_same_updates(monkeypatch: pytest.MonkeyPatch)
         pairs = list(zip(trainer(jobs()), train_one_by_one(jobs()), strict=True))
         assert trainer.pool is not None
     assert len(pairs) == 4
-    for (ours, loss), (expected, expected_loss) in pairs:
+    for (ours, loss, _), (expected, expected_loss, _) in pairs:
         assert loss == expected_loss
         assert_equal(ours, expected)
 

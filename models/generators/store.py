@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UsageError
 from core.paths import ROOT
@@ -164,6 +165,31 @@ def check_compatible(folder: Path, task: Task, public: Batch | None = None) -> d
             "victims may be among them: leave out `generator_file`, or train one on this split"
         )
     return facts
+
+
+def load_or_compute(
+    name: str, facts: Sequence[Any], compute: Callable[[], dict[str, Tensor]], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Tensors that depend on `facts` alone, from a folder called after them, or computed once and stored there.
+
+    A second process that asks for the same tensors waits for the first. `facts` can be written as JSON.
+    """
+    folder = checkpoint_dir() / f"{name}-{digest([*facts, torch.__version__, str(device)])}"
+    file = folder / "network.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if not file.exists():
+                write_atomically(file, partial(save_file, compute()))
+    return load_file(file, device=str(device))
+
+
+def model_digest(model: nn.Module) -> str:
+    """64 hexadecimal digits that depend on every parameter and buffer."""
+    hasher = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        hasher.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def data_digest(public: Batch) -> str:
