@@ -100,8 +100,11 @@ QUICK: dict[str, tuple[str, ...]] = {  # besides fewer iterations
     "lti": ("--simulations", "600", "--epochs", "15", "--features", "1024", "--units", "256"),
     "suppress": ("--inner-iterations", "100"),
 }
-QUICK_ITERATIONS = 100
-UNROLLED, UNROLLED_ITERATIONS = ("ig_multi", "ig_weight", "dlf"), 60  # of --quick, in the federated mode
+# attacks that differentiate through the local steps, each of which costs as much as the first
+UNROLLED = ("dlf", "dlg", "ggl", "gias", "idlg", "ig_multi", "ig_weight")
+# iterations of --quick, of --quick if unrolled, and of the full study if unrolled through the most steps
+QUICK_ITERATIONS, QUICK_UNROLLED, FULL_UNROLLED = 100, 60, 100
+ONLY = {"april": ("one gradient",)}  # elsewhere it is gradient matching, at minutes for an update of its transformer
 
 SOURCES = {"grad": (Grad, gradient_source), "fed": (Fed, federated_source)}
 SCORES = ("recovered", "identified", "rebuilt")  # shares of a unit's images
@@ -157,9 +160,11 @@ def _grid(plan: Plan) -> Iterator[Cell]:
                 for observation, (mode, flags) in OBSERVATIONS.items():
                     if plan.quick and state == "trained" and observation != "one gradient":
                         continue
+                    if observation not in ONLY.get(name, OBSERVATIONS):
+                        continue
                     for network in chosen:
                         words = (name, "--dataset", dataset, "--model", network, *flags, *training)
-                        words += _victims(plan, mode) + _quick(plan, cls, mode)
+                        words += _victims(plan, mode) + _effort(plan, cls, observation)
                         words += ("--image-size", str(SIDE)) if images else ()
                         facts = _facts("grid", name, network, dataset, observation, state)
                         yield Cell(mode, facts, words + plan.common)
@@ -181,9 +186,9 @@ def _sensitivity(plan: Plan) -> Iterator[Cell]:
         for dataset in plan.datasets:
             for setting, own in settings.items():
                 words = (name, "--dataset", dataset, "--image-size", str(SIDE), *flags, *own)
-                words += _victims(plan, mode) + _quick(plan, ATTACKS[name], mode, flags)
-                network = flags[flags.index("--model") + 1]
                 observation = "FedAvg, T = 5" if mode == "fed" else "gradient"
+                words += _victims(plan, mode) + _effort(plan, ATTACKS[name], observation, flags)
+                network = flags[flags.index("--model") + 1]
                 facts = _facts(table, name, network, dataset, observation, "new", setting)
                 yield Cell(mode, facts, words + plan.common)
 
@@ -219,12 +224,16 @@ def _victims(plan: Plan, mode: str) -> tuple[str, ...]:
     return ("--trials", str(plan.victims), *federation)
 
 
-def _quick(plan: Plan, cls: type[Attack], mode: str, given: Sequence[str] = ()) -> tuple[str, ...]:
+def _effort(plan: Plan, cls: type[Attack], observation: str, given: Sequence[str] = ()) -> tuple[str, ...]:
     """Fewer iterations and one run, for attacks that have these flags."""
-    if not plan.quick:
+    unrolled = cls.name in UNROLLED and observation.startswith("FedAvg")
+    if plan.quick:
+        most = QUICK_UNROLLED if unrolled else QUICK_ITERATIONS
+    elif unrolled and observation == f"FedAvg, T = {STEPS[-1]}":
+        most = FULL_UNROLLED
+    else:
         return ()
-    most = UNROLLED_ITERATIONS if mode == "fed" and cls.name in UNROLLED else QUICK_ITERATIONS
-    limits = {"iterations": most, "feature_iterations": most, "restarts": 1}
+    limits = {"iterations": most, "feature_iterations": most, "weight_iterations": most, "restarts": 1}
     fields = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     words = [
         word
@@ -232,7 +241,7 @@ def _quick(plan: Plan, cls: type[Attack], mode: str, given: Sequence[str] = ()) 
         if name in fields and fields[name] > limit
         for word in (f"--{name.replace('_', '-')}", str(limit))
     ]
-    own = QUICK.get(cls.name, ())
+    own = QUICK.get(cls.name, ()) if plan.quick else ()
     return (*words, *(() if own and own[0] in given else own))
 
 

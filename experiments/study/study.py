@@ -50,7 +50,7 @@ class Flags:
     base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets")
     out: Path = hp(ROOT / "results" / "study", "folder of the runs, the tables and the page")
     attacks: tuple[str, ...] = hp((), "attacks; default: all, with --quick without the slow variants")
-    victims: int = hp(0, "attacked updates of a cell; 0: 3 with --quick, 4 without", ge=0)
+    victims: int = hp(3, "attacked updates of a cell", ge=1)
     seeds: int = hp(0, "federations that measure accuracy; 0: 3 with --quick, 5 without", ge=0)
     jobs: int = hp(0, "runs at the same time; 0: one for each core", ge=0)
     backend: Literal["local", "ray"] = hp("local", "executor: processes, or runs in turn, each on Ray")
@@ -68,7 +68,7 @@ def main(flags: Flags) -> None:
     plan = Plan(
         datasets=flags.datasets,
         attacks=flags.attacks or attack_names(flags.quick),
-        victims=flags.victims or (3 if flags.quick else 4),
+        victims=flags.victims,
         seeds=flags.seeds or (3 if flags.quick else 5),
         rounds=10 if flags.quick else 20,
         quick=flags.quick,
