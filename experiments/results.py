@@ -302,10 +302,14 @@ def write_table(name: str, stored: Mapping[str, Any]) -> None:
     """Replace the table between its comments. Raises UsageError if its file has none, or nothing is stored."""
     if name not in stored:
         raise UsageError(f"docs/results.json has no table {name}: leave out `render`")
-    path = ROOT / TABLES[name].file
-    text, count = re.subn(marks(name), lambda _: marked(name, stored[name]), path.read_text(), flags=re.S)
+    replace_marked(ROOT / TABLES[name].file, name, render(name, stored[name]))
+
+
+def replace_marked(path: Path, name: str, content: str) -> None:
+    """Replace what stands between the comments of table `name`. Raises UsageError if the file has none."""
+    text, count = re.subn(marks(name), lambda _: between_marks(name, content), path.read_text("utf-8"), flags=re.S)
     if not count:
-        raise UsageError(f"{TABLES[name].file} has no place for the table {name}: <!-- table: {name} -->")
+        raise UsageError(f"{path.relative_to(ROOT)} has no place for the table {name}: <!-- table: {name} -->")
     write_bytes(path, text.encode())
 
 
@@ -313,8 +317,12 @@ def marks(name: str) -> str:
     return rf"<!-- table: {name} -->.*?<!-- end of table -->"
 
 
+def between_marks(name: str, content: str) -> str:
+    return f"<!-- table: {name} -->\n{content}\n<!-- end of table -->"
+
+
 def marked(name: str, stored: Mapping[str, Any]) -> str:
-    return f"<!-- table: {name} -->\n{render(name, stored)}\n<!-- end of table -->"
+    return between_marks(name, render(name, stored))
 
 
 if __name__ == "__main__":

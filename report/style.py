@@ -11,6 +11,30 @@ DARK_COLORS = ("#5DB3EA", "#F39C5A", "#3CC9A0", "#E39CC4", "#F0BC4E", "#8FD0F5",
 TRUTH, REBUILT = ("#0069A6", "#6CB8E8"), ("#B84E00", "#F39C5A")  # frames of examples, on light and on dark
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # lines can be told apart without colour
 REFERENCE = {"color": "#7F7F7F", "linestyle": "--", "linewidth": 1.2}  # baselines and oracles
+# of the page: CSS variable -> on light, on dark; the text on each background has a contrast of 4.5 at least
+PAGE = {
+    "page": ("#f7f7f5", "#121418"),
+    "surface": ("#ffffff", "#1a1d22"),
+    "ink": ("#191c20", "#e7e9ec"),
+    "muted": ("#59616d", "#a4acb8"),
+    "line": ("#dfe2e6", "#31363e"),
+    "soft": ("#eef0f2", "#23272e"),
+    "accent": ("#005a8d", "#7cc4f2"),
+    "grey": ("#7a828c", "#8d96a2"),
+    "on-tag": ("#ffffff", "#10141a"),
+    "leaks": ("#a8201a", "#ffb0a8"),
+    "leaks-soft": ("#fcebea", "#47201e"),
+    "undecided": ("#6f5200", "#f2cd72"),
+    "undecided-soft": ("#fdf3d7", "#3b3117"),
+    "quiet": ("#34495e", "#b3cbe2"),
+    "quiet-soft": ("#e7edf3", "#233140"),
+    "unscored": ("#555c66", "#b4bac3"),
+    "unscored-soft": ("#eceef0", "#2a2e35"),
+}
+FONTS = {
+    "sans": 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif',
+    "mono": 'ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace',
+}
 WIDTH, HEIGHT = 6.4, 4.0  # inches, of one panel
 SMALL = 8  # points: titles of small panels, captions of images
 DPI = 130
@@ -47,6 +71,19 @@ def pyplot() -> Iterator[Any]:
     settings: Any = {**_SETTINGS, "axes.prop_cycle": cycler(color=COLORS) + cycler(marker=MARKERS)}
     with plt.rc_context(settings):
         yield plt
+
+
+def css_variables() -> str:
+    """The colours and fonts of the page as CSS variables, with those on dark for screens that prefer it.
+
+    --c0, --c1, ... are the colours of series; the class cK sets --own to --cK.
+    """
+    pairs = {**PAGE, "truth": TRUTH, "rebuilt": REBUILT}
+    pairs |= {f"c{i}": pair for i, pair in enumerate(zip(COLORS, DARK_COLORS, strict=True))}
+    light, dark = ("".join(f"--{name}:{pair[side]};" for name, pair in pairs.items()) for side in (0, 1))
+    fonts = "".join(f"--{name}:{stack};" for name, stack in FONTS.items())
+    series = "".join(f".c{i}{{--own:var(--c{i})}}" for i in range(len(COLORS)))
+    return f":root{{{light}{fonts}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{series}"
 
 
 def save(figure: Any, path: Path) -> None:

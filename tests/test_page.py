@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import re
 import shlex
 import sys
 from html.parser import HTMLParser
@@ -18,10 +19,11 @@ from attacks.base import ATTACKS
 from core.errors import UsageError
 from evaluation.summary import summarize
 from evaluation.verdict import outcome
+from report import style
 from report.page import write_page
 from report.page.images import png
 from report.page.load import load_runs, strengths
-from report.page.render import command
+from report.page.words import command
 from runner import cli
 from runner.flags import Fed, Grad
 from runner.store import SEALED
@@ -234,6 +236,41 @@ def test_the_page_says_who_attacked_and_what_to_switch_on(study: Path, tmp_path:
     assert "Without a defence: leaks (100% of the images recovered)." in text
     assert "No leak was found by this attack with dpsgd(bound=1.0,sigma=1.0)." in text
     assert "No attack identifies more than 0.010 of the victims." in text
+
+
+def test_a_reader_finds_what_leaks_most_and_what_helps(tmp_path: Path) -> None:
+    """By what the server sees: the attack that leaks most, the others, and the defences that end every leak."""
+    for attack, psnr, with_noise, with_topk in (("sme", 30.0, 9.0, 28.0), ("dlg", 24.0, 9.0, 9.0), ("dlf", 8.0, 8, 8)):
+        for defense, score in (("none", psnr), ("gauss(sigma=0.1)", with_noise), ("topk(share=0.5)", with_topk)):
+            fabricate(tmp_path / "r" / attack / defense, attack, "fed", score, defense=defense, local_epochs=5)
+    fabricate(tmp_path / "r" / "baseline", "baseline", "fed", 11.0, local_epochs=5)
+    fabricate(tmp_path / "r" / "late", "sme", "fed", 9.0, local_epochs=20)
+    fabricate(tmp_path / "r" / "batch", "dlg", psnr=33.0, batch_size=8)
+    text = write(tmp_path, tmp_path / "r")
+    Reader(text)
+    rows = [
+        Reader(row.split("</tr>")[0]).texts
+        for row in text.split('class="cases"')[1].split("</table>")[0].split("<tr>")[2:]
+    ]
+    assert [row[0] for row in rows] == ["gradient of 8 images", "FedAvg, 5 local steps", "FedAvg, 20 local steps"]
+    five = " ".join(rows[1])
+    assert five.index("sme") < five.index("dlg leaks as well; no leak shown by dlf")
+    assert "gauss(sigma=0.1): no leak found; topk(share=0.5): still leaks" in five
+    assert "no defence was tried" in " ".join(rows[0]) and "nothing leaked without a defence" in " ".join(rows[2])
+    assert "baseline" not in " ".join(" ".join(row) for row in rows)
+
+
+def test_one_attack_needs_no_table_of_cases(tmp_path: Path) -> None:
+    for steps in (1, 5):
+        fabricate(tmp_path / "r" / f"{steps}", "sme", "fed", local_epochs=steps)
+    assert 'class="cases"' not in write(tmp_path, tmp_path / "r")
+
+
+def test_colours_and_fonts_come_from_the_one_style() -> None:
+    css = (Path(report.__main__.__file__).parent / "page" / "style.css").read_text()
+    used = set(re.findall(r"var\(--([\w-]+)\)", css)) - {"own", "side", "mark", "tint"}
+    assert used <= set(re.findall(r"--([\w-]+):", style.css_variables()))
+    assert not re.findall(r"#[0-9a-fA-F]{3,8}\b(?=[\s;])", css)
 
 
 def test_nothing_is_loaded_and_nothing_but_the_own_script_runs(study: Path, tmp_path: Path) -> None:

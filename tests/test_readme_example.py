@@ -1,4 +1,4 @@
-"""The attack printed in the README keeps every promise of the contract tests."""
+"""The attack printed in CONTRIBUTING.md keeps every promise of the contract tests."""
 
 import re
 import shutil
@@ -10,15 +10,16 @@ from runner.experiment import SOURCE_DIRS
 from tests.conftest import ROOT
 
 
-def readme_attack() -> tuple[str, str]:
+def printed_attack() -> tuple[str, str]:
     """The example's code and the name it registers."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text().split("## Add an attack")[1], re.S)
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Add an attack")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     (name,) = re.findall(r'@register\("(\w+)"\)', code)
     return code, name
 
 
 def test_it_passes_the_contract_tests_as_printed(tmp_path: Path) -> None:
-    code, name = readme_attack()
+    code, name = printed_attack()
     for folder in (*SOURCE_DIRS, "experiments", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("main_grad.py", "main_fed.py", "pyproject.toml", "README.md"):

@@ -296,11 +296,12 @@ def draw(path: Path, points: Mapping[str, tuple[str, float, float]], control: tu
                 marker="o",
                 markersize=17,
                 markerfacecolor="none",
-                markeredgecolor="#000000",
+                markeredgecolor=style.COLORS[7],
                 label="Pareto front",
             )
         if control is not None:
-            ax.plot(*control, linestyle="none", marker="*", markersize=14, color="#7F7F7F", label="no defence")
+            grey = style.REFERENCE["color"]
+            ax.plot(*control, linestyle="none", marker="*", markersize=14, color=grey, label="no defence")
         ax.set_xlabel("accuracy of the trained model on held-out images (further right is better)")
         ax.set_ylabel("share of images recovered, above the null\n(best attack, PSNR >= 20 dB; lower is better)")
         right = max([accuracy for _, accuracy, _ in points.values()] + [control[0] if control else 0.0])

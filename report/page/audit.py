@@ -7,10 +7,11 @@ from typing import Any
 
 from evaluation.summary import RECOVERED_PSNR
 from report.audit import Points, Result, Section, Table, exit_line, sections
+from report.page.article import pair_figure
 from report.page.charts import Chart, Point, Series, exact
 from report.page.images import Pair
 from report.page.load import strengths
-from report.page.render import document, lightbox, pair_figure
+from report.page.render import document, lightbox
 
 LIGHTS = {"red": "leaks", "amber": "undecided", "no leak found": "quiet", "none": "unscored"}  # CSS classes
 MARKS = (("`", "code"), (r"\*\*", "strong"), (r"\*", "em"))
