@@ -6,11 +6,16 @@ for each number of the input. For each fully connected layer with a bias, the sh
 neuron is measured on public examples: such an example is the weight gradient over the bias gradient.
 """
 
+from utils.interrupt import die_of_sigint
+
+if __name__ == "__main__":
+    die_of_sigint()  # it writes nothing
+
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +34,8 @@ from models import external
 from models.inspection import differentiable_attention, eval_mode, pixel_layer
 from models.validation import Validation, probe_inputs, validate
 from utils.flags import FlagError, Parser, add_flags, as_flags, given
+from utils.memory import is_out_of_memory
+from utils.terminal import prepare_streams, printable
 
 MAX_PROBES = 256  # public examples on which leakage is estimated
 
@@ -282,20 +289,32 @@ def run(flags: Flags) -> Inspection:
         models.load_weights(model, flags.weights)
     kind: Kind = "delta" if flags.local_epochs else "gradient"
     recipe = Recipe(flags.batch_size, flags.local_epochs or 1, model_mode=flags.model_mode, loss=flags.loss)
+    recipe.steps(flags.batch_size)  # raises UsageError for too many
     public = dataset.public.take(torch.arange(min(len(dataset.public), 4 * MAX_PROBES)))
     return inspect_model(model, dataset.task, recipe, kind, flags.batch_size, public)
 
 
 def main() -> None:
     """Print the inspection; exit code 2 and one line for a mistake of the user."""
+    prepare_streams()
     parser = Parser(prog="python -m evaluation.inspect", description="What updates of a model can give away.")
     add_flags(parser, Flags, help_of, switches_only=True)
     try:
         inspection = run(Flags(**given(Flags, parser.parse(sys.argv[1:]))))
     except (UsageError, FlagError) as error:
-        print(f"error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(as_flags(str(error)))
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail("there is not enough memory for this model and batch")
     print("\n".join(inspection.lines()))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {printable(message)}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
