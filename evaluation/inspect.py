@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,8 @@ from evaluation.applicability import Applicability, applicability
 from models import external
 from models.inspection import differentiable_attention, eval_mode, pixel_layer
 from models.validation import Validation, probe_inputs, validate
-from utils.flags import FlagError, Parser, add_flags, as_flags, given
-from utils.memory import is_out_of_memory
-from utils.terminal import prepare_streams, printable
+from utils.flags import Parser, add_flags, given
+from utils.tools import one_line_errors
 
 MAX_PROBES = 256  # public examples on which leakage is estimated
 
@@ -296,25 +295,11 @@ def run(flags: Flags) -> Inspection:
 
 def main() -> None:
     """Print the inspection; exit code 2 and one line for a mistake of the user."""
-    prepare_streams()
-    parser = Parser(prog="python -m evaluation.inspect", description="What updates of a model can give away.")
-    add_flags(parser, Flags, help_of, switches_only=True)
-    try:
+    with one_line_errors(UsageError):
+        parser = Parser(prog="python -m evaluation.inspect", description="What updates of a model can give away.")
+        add_flags(parser, Flags, help_of, switches_only=True)
         inspection = run(Flags(**given(Flags, parser.parse(sys.argv[1:]))))
-    except (UsageError, FlagError) as error:
-        _fail(as_flags(str(error)))
-    except OSError as error:
-        _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        _fail("there is not enough memory for this model and batch")
     print("\n".join(inspection.lines()))
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {printable(message)}", file=sys.stderr)
-    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

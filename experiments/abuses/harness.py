@@ -26,7 +26,7 @@ IDLE = 20.0  # seconds without any processor time, after which it counts as hang
 MEMORY = 8 << 30  # bytes that a command may ask for beyond what it starts with
 PROGRESS = re.compile(r"\[00:|^\w+: (\d+ of \d+ records recovered|not scored), \d+ s$")  # of runs and of audits
 PAGES = {"grad": "main_grad.py", "fed": "main_fed.py", "audit": "main_audit.py"}  # scripts
-MODULES = {"report": "report", "inspect": "evaluation.inspect"}
+MODULES = {"report": "report", "inspect": "evaluation.inspect", "detect": "defenses.detect"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _enter(folder: Path, environment: Mapping[str, str]) -> None:
 def run(page: str, words: list[str]) -> None:
     """The command in this process."""
     if page in MODULES:
-        sys.modules.pop(MODULES[page] if page == "inspect" else "", None)  # imported for another command
+        sys.modules.pop(MODULES[page] if page != "report" else "", None)  # imported for another command
         sys.argv = [MODULES[page], *words]
         runpy.run_module(MODULES[page], run_name="__main__", alter_sys=True)
     else:
