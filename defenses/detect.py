@@ -25,7 +25,8 @@ from core.rng import stream
 from models import external
 from models.inspection import eval_mode, pixel_layer
 from models.validation import validate
-from utils.flags import FlagError, Parser, add_flags, as_flags, given
+from utils.flags import Parser, add_flags, given
+from utils.tools import one_line_errors
 
 PROBES = 64
 PARALLEL = 0.999  # least cosine of neighbouring rows that count as copies of one another
@@ -224,13 +225,10 @@ def main() -> None:
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
-    parser = Parser(prog="python -m defenses.detect", usage="python -m defenses.detect MODEL [flags]")
-    add_flags(parser, Flags, help_of, switches_only=True)
-    try:
+    with one_line_errors(UsageError):
+        parser = Parser(prog="python -m defenses.detect", usage="python -m defenses.detect MODEL [flags]")
+        add_flags(parser, Flags, help_of, switches_only=True)
         signs = run(Flags(**given(Flags, parser.parse(words))))
-    except (UsageError, FlagError) as error:
-        print(f"error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
-        raise SystemExit(2) from None
     for sign in signs:
         print(sign)
     print(f"{len(signs)} sign(s) of a malicious server" + ("" if signs else "; an honest model leaks as well"))

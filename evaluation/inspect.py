@@ -6,6 +6,11 @@ for each number of the input. For each fully connected layer with a bias, the sh
 neuron is measured on public examples: such an example is the weight gradient over the bias gradient.
 """
 
+from utils.interrupt import die_of_sigint
+
+if __name__ == "__main__":
+    die_of_sigint()  # it writes nothing
+
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +33,8 @@ from evaluation.applicability import Applicability, applicability
 from models import external
 from models.inspection import differentiable_attention, eval_mode, pixel_layer
 from models.validation import Validation, probe_inputs, validate
-from utils.flags import FlagError, Parser, add_flags, as_flags, given
+from utils.flags import Parser, add_flags, given
+from utils.tools import one_line_errors
 
 MAX_PROBES = 256  # public examples on which leakage is estimated
 
@@ -282,19 +288,17 @@ def run(flags: Flags) -> Inspection:
         models.load_weights(model, flags.weights)
     kind: Kind = "delta" if flags.local_epochs else "gradient"
     recipe = Recipe(flags.batch_size, flags.local_epochs or 1, model_mode=flags.model_mode, loss=flags.loss)
+    recipe.steps(flags.batch_size)  # raises UsageError for too many
     public = dataset.public.take(torch.arange(min(len(dataset.public), 4 * MAX_PROBES)))
     return inspect_model(model, dataset.task, recipe, kind, flags.batch_size, public)
 
 
 def main() -> None:
     """Print the inspection; exit code 2 and one line for a mistake of the user."""
-    parser = Parser(prog="python -m evaluation.inspect", description="What updates of a model can give away.")
-    add_flags(parser, Flags, help_of, switches_only=True)
-    try:
+    with one_line_errors(UsageError):
+        parser = Parser(prog="python -m evaluation.inspect", description="What updates of a model can give away.")
+        add_flags(parser, Flags, help_of, switches_only=True)
         inspection = run(Flags(**given(Flags, parser.parse(sys.argv[1:]))))
-    except (UsageError, FlagError) as error:
-        print(f"error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
-        raise SystemExit(2) from None
     print("\n".join(inspection.lines()))
 
 

@@ -57,7 +57,7 @@ def audits() -> Iterator[Case]:
             yield _captured(f"{file}: {name}", functools.partial(_tensors, file=file, change=change))
     for name, edit in CAPTURES.items():
         yield _captured(name, edit)
-    for size in (0, 100, 1000, 3000, 20_000):
+    for size in (1000, 2000, 3000, 5000, 20_000):
         words = (*SIMULATED, *FAST, "--show-victims")
         yield Case(
             "i", f"no file beyond {size} bytes", words, "audit", codes=AUDITED, resumes=True, inside=limited(size)
@@ -68,6 +68,8 @@ def audits() -> Iterator[Case]:
         yield Case("i", f"truth: {name}", words, "audit", _truth(edit), AUDITED)
     for line in INSPECTIONS:
         yield Case("i", f"inspect {' '.join(line)[:50]!r}", line, "inspect")
+    for line in DETECTIONS:
+        yield Case("i", f"detect {' '.join(line)[:50]!r}", line, "detect", codes=AUDITED)
 
 
 def pages(prepared: Prepared) -> Iterator[Case]:
@@ -340,6 +342,21 @@ INSPECTIONS: tuple[tuple[str, ...], ...] = (
     ("x",),
     ("--model",),
     ("--model", "\x1b[31mred"),
+)
+DETECTIONS: tuple[tuple[str, ...], ...] = (
+    ("cnn",),
+    ("nope",),
+    ("nope.py:Net",),
+    ("--help",),
+    ("cnn", "--classes", "1"),
+    ("cnn", "--classes", "10000000000000"),
+    ("cnn", "--image-shape", "3"),
+    ("cnn", "--image-shape", "3", "0", "0"),
+    ("cnn", "--image-shape", "3", "1000000", "1000000"),
+    ("cnn", "--weights", "/dev/zero"),
+    ("cnn", "--weights", "@"),
+    ("cnn", "\x1b[31mred"),
+    ("gpt",),
 )
 PAGE_EDITS: dict[str, Edit] = {
     **{

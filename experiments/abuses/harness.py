@@ -7,6 +7,7 @@ directory and holds its temporary folder, limits on memory and time, and files i
 import contextlib
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -23,8 +24,9 @@ from core.paths import ROOT
 SECONDS = 40.0  # of processor time, after which a command counts as hanging: other programs may slow the clock
 IDLE = 20.0  # seconds without any processor time, after which it counts as hanging as well
 MEMORY = 8 << 30  # bytes that a command may ask for beyond what it starts with
+PROGRESS = re.compile(r"\[00:|^\w+: (\d+ of \d+ records recovered|not scored), \d+ s$")  # of runs and of audits
 PAGES = {"grad": "main_grad.py", "fed": "main_fed.py", "audit": "main_audit.py"}  # scripts
-MODULES = {"report": "report", "inspect": "evaluation.inspect"}
+MODULES = {"report": "report", "inspect": "evaluation.inspect", "detect": "defenses.detect"}
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def _enter(folder: Path, environment: Mapping[str, str]) -> None:
 def run(page: str, words: list[str]) -> None:
     """The command in this process."""
     if page in MODULES:
+        sys.modules.pop(MODULES[page] if page != "report" else "", None)  # imported for another command
         sys.argv = [MODULES[page], *words]
         runpy.run_module(MODULES[page], run_name="__main__", alter_sys=True)
     else:
@@ -151,7 +154,7 @@ def run(page: str, words: list[str]) -> None:
 def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome:
     """Whether a command ended as it should: in results, or in one line, code 2, and nothing written."""
     error = _text(folder / "stderr")
-    lines = [line for line in error.replace("\r", "\n").split("\n") if line.strip() and "[00:" not in line]
+    lines = [line for line in error.replace("\r", "\n").split("\n") if line.strip() and not PROGRESS.search(line)]
     out = folder / "out"
     hard, soft = "", ""
     if code is None:
