@@ -20,7 +20,7 @@ class Analytic(Attack):
     citation = "Phong et al.: Privacy-Preserving Deep Learning via Additively Homomorphic Encryption. TIFS 2018"
     link = "https://eprint.iacr.org/2017/715"
     threat = "honest-but-curious"
-    uses = frozenset({"num_examples", "recipe"})
+    uses = frozenset({"num_examples", "recipe", "defense"})
     requires = frozenset({"pixel_layer", "pixel_layer_bias"})
     example_model = "fc2"
 

@@ -42,7 +42,7 @@ class CocktailParty(features.FeatureInversionAttack):
     citation = "Kariyappa et al.: Cocktail Party Attack. ICML 2023"
     link = "https://arxiv.org/abs/2209.05578"
     threat = "honest-but-curious"
-    uses = frozenset({"num_examples", "recipe"})
+    uses = frozenset({"num_examples", "recipe", "defense"})
     requires = frozenset({"public", "hidden_layer"})
     paper = {
         "unmixing": ("adam", "section 4"),

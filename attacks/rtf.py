@@ -6,6 +6,8 @@ With thresholds at the k/K quantiles of brightness, an image is alone with proba
 breaks the division: float32 rounds b more coarsely than W, and at the published scale thresholds drift past each
 other. Ours: a scale that bounds the drift (models/implants/calibration.py), and rows scaled by the brightness of their
 bin instead. In front of a layer inside the network, rows give features, and images with these are searched for.
+
+Ours, too: R neurons a bin, whose rows certify that a reconstruction is one image alone (linear/certificate.py).
 """
 
 import math
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import register
+from attacks.linear.bins import Decoder, scale_rows
+from attacks.linear.certificate import ROUNDING, is_certain, main_direction
 from attacks.linear.features import FeatureExtractor, FeatureInversionAttack, Head
 from attacks.linear.layer import distinct, failed_reconstruction, plausible
 from core.errors import UsageError
@@ -43,6 +47,7 @@ class RobbingTheFed(FeatureInversionAttack):
         "quantiles": ("official", "authors' notebook"),
         "threshold_drift": (0.0, "authors' notebook"),
         "decoder": ("bias", "authors' notebook"),
+        "neurons": (1, "authors' notebook"),
     }
     returns_labels = False
 
@@ -59,7 +64,7 @@ class RobbingTheFed(FeatureInversionAttack):
     brightness_shift: float = hp(
         1e-3, "mean brightness that the block adds to an image; without effect at the published scale", gt=0
     )
-    decoder: Literal["auto", "rows", "bias"] = hp(
+    decoder: Decoder = hp(
         "auto", "scale of a row: rows (middle of its bin), bias (division), or auto (bias where it is exact)"
     )
     sparse: bool = hp(False, "rows that respond between two thresholds only (a variant in the paper)")
@@ -72,6 +77,12 @@ class RobbingTheFed(FeatureInversionAttack):
         "input", "place of the block: in front of the model, or of its first fully connected layer"
     )
 
+    neurons: int = hp(
+        3,
+        "rows of a bin, whose rank certifies that a reconstruction is one image alone; 1: no certificate",
+        ge=1,
+        le=16,
+    )
     direction: Literal["brightness", "random"] = hp(
         "brightness",
         "measure of the rows: brightness, or brightness after a random half of the pixels is inverted, which "
@@ -110,7 +121,7 @@ class RobbingTheFed(FeatureInversionAttack):
         if self.position == "input":
             inner = block.inner if block else model
             if block is None:
-                block = Imprint(inner, task, self.edges(public.examples), self.connection, self.sparse)
+                block = Imprint(inner, task, self.edges(public.examples), self.connection, self.sparse, self.neurons)
                 if self.direction == "random":
                     chosen = torch.randint(2, block.inverted.shape, generator=stream("rtf", "direction"))
                     block.inverted.copy_(chosen)
@@ -126,7 +137,8 @@ class RobbingTheFed(FeatureInversionAttack):
         inner = nn.Sequential(nn.Flatten(), Head(model, layer, task))
         edges = self.edges(images)
         if block is None:
-            block = Imprint(nn.Sequential(nn.Flatten(), layer), feature_task, edges, self.connection, self.sparse)
+            last = nn.Sequential(nn.Flatten(), layer)
+            block = Imprint(last, feature_task, edges, self.connection, self.sparse, self.neurons)
             FeatureImprint.insert(model, layer, block)
         public = Batch(images, public.labels)
         calibrate(block, inner, edges, public, recipe, self.threshold_drift, self.brightness_shift)
@@ -143,18 +155,26 @@ class RobbingTheFed(FeatureInversionAttack):
         if block is None:
             raise UsageError("rtf reads the update of a model that its own implant has prepared")
         first = next(i for i, p in enumerate(model.parameters()) if p is block.weight)
-        weight, bias = (t.double() for t in update.ordered(model)[first : first + 2])  # (K, N), (K,)
-        noise = 2**-21 * weight.norm(dim=1)  # float32's rounding error of the difference of two similar rows
+        rows_of = (len(block.patterns), len(block.edges) - 1)  # R, K
+        weight, bias = (t.double().unflatten(0, rows_of) for t in update.ordered(model)[first : first + 2])
+        noise = 2 * ROUNDING * weight.norm(dim=(0, 2))  # float32's rounding error of the difference of two similar rows
         if not block.sparse:
-            weight, bias = -weight.diff(dim=0, append=weight[:1] * 0), -bias.diff(append=bias[:1] * 0)
+            weight = -weight.diff(dim=1, append=weight[:, :1] * 0)
+            bias = -bias.diff(dim=1, append=bias[:, :1] * 0)
+        main, second = main_direction(weight)
+        weight, bias = torch.einsum("rk,rkn->kn", main, weight), (main * bias).sum(0)  # (K, N), (K,)
         low, high = block.edges[:-1].double(), block.edges[1:].double()
         if self.one_shot:
-            weight, bias, low, high, noise = weight[:1], bias[:1], low[:1], high[:1], noise[:1]
+            weight, bias, low, high, noise, second = (t[:1] for t in (weight, bias, low, high, noise, second))
         is_delta = update.kind == "delta"
-        rows = self.scale_rows(weight, bias, low, high, exact=not is_delta or block.connection == "split")
+        rows = scale_rows(self.decoder, weight, bias, low, high, exact=not is_delta or block.connection == "split")
         size = weight.norm(dim=1)
+        rounding = noise / 2
         if is_delta:
-            noise = torch.maximum(2**-24 * block.weight.double().norm(dim=1).max(), 1e-4 * size.max())
+            largest = 2**-24 * block.weight.double().norm(dim=1).max()
+            rounding = rounding + largest * (len(block.patterns) * observation.recipe.steps(update.num_examples)) ** 0.5
+            noise = torch.maximum(largest, 1e-4 * size.max())
+        certified = is_certain(second, size, rounding, float(block.resolution))
         images = rows.view(-1, *block.task.domain.shape)
         hit = (size > noise) & plausible(images, white=1.0 if feature_block is None else math.inf)
         order = hit.nonzero().flatten()
@@ -167,34 +187,11 @@ class RobbingTheFed(FeatureInversionAttack):
             found = block.measured(found.clamp(max=1))
         if not len(order):
             return Reconstruction(failed_reconstruction(observation).examples, status="diverged")
+        # behind "linear" the network sees only the brightness, and images of one bin and class have parallel d_i
+        proofs = certified[order] if len(block.patterns) > 1 and block.connection != "linear" else None
         if feature_block is None:
-            return Reconstruction(found.clamp(max=1))
+            return Reconstruction(found.clamp(max=1), certified=proofs)
         features = block.task.domain.to_model(found).flatten(1)
         inverted = self.invert_features(FeatureExtractor(model, feature_block), features, observation.task, rng)
-        return Reconstruction(inverted.examples.float(), None, inverted.trace, len(inverted.trace))
-
-    def scale_rows(self, weight: Tensor, bias: Tensor, low: Tensor, high: Tensor, exact: bool) -> Tensor:
-        """Images from rows (K, N) that are multiples of one, by the bias gradient (K,) or the thresholds of their bin.
-
-        exact: whether the bias gradient is precise enough.
-        """
-        if self.decoder == "bias":
-            return weight / bias[:, None]
-        means = weight.mean(1)
-        brightness = (low.clamp(min=0) + high) / 2
-        if exact and self.decoder == "auto":
-            # only white bounds the last bin
-            bound = torch.cat([high[:-1], high[-1:].clamp(min=1)])
-            brightness = torch.clamp(means / bias, low, bound).nan_to_num()
-        return weight * (brightness / means)[:, None]
-
-
-@torch.no_grad()
-def bins_of(model: nn.Module, task: Task, examples: Tensor) -> Tensor:
-    """The bin of each example (N, *shape) in a model with a block, at the input or inside: (N,), -1 below the first."""
-    block, feature_block = find_imprint(model), find_feature_imprint(model)
-    assert block is not None, "the model has no imprint block"
-    inputs = task.domain.to_model(examples)
-    if feature_block is not None:
-        inputs = FeatureExtractor(model, feature_block).in_chunks(inputs).view(-1, *block.task.domain.shape)
-    return block.bin_of(inputs)
+        trace = inverted.trace
+        return Reconstruction(inverted.examples.float(), None, trace, len(trace), certified=proofs)

@@ -46,7 +46,7 @@ class Spear(Attack):
     citation = "Dimitrov et al.: SPEAR. NeurIPS 2024"
     link = "https://arxiv.org/abs/2403.03945"
     threat = "honest-but-curious"
-    uses = frozenset({"num_examples", "recipe"})
+    uses = frozenset({"num_examples", "recipe", "defense"})
     requires = frozenset({"public", "pixel_layer", "relu"})
     paper = {"search": ("draws", "algorithm 1"), "descent": (0, "algorithm 1")}
     example_model = "fc2"

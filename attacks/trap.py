@@ -4,7 +4,8 @@ https://arxiv.org/abs/2112.02918      w_k = half of its entries -|N(0, s^2)|, th
 
 Negative weights slightly outweigh positive ones, so that few examples activate a ReLU neuron, and one that is alone on
 a neuron is dW_k / db_k. Our own addition is a bias at the (1 - 1/K) quantile of w_k x over public examples: of K
-private examples, one is expected to activate each neuron.
+private examples, one is expected to activate each neuron. With --neurons 3, neurons come in groups with equal
+weights, whose gradients certify that a reconstruction is one example alone (linear/certificate.py).
 """
 
 from typing import Literal
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 
 from attacks.base import Attack, register
-from attacks.linear.layer import invert_rows, require_pixel_layer
+from attacks.linear.layer import invert_rows, output_gradients, public_inputs, require_pixel_layer
 from core.hyperparameters import hp
 from core.protocol import Batch, Observation, Recipe, Reconstruction, Task
+from models.implants.calibration import resolution
 
 
 @register("trap")
@@ -25,7 +27,7 @@ class Trap(Attack):
     citation = "Boenisch et al.: When the Curious Abandon Honesty. EuroS&P 2023"
     link = "https://arxiv.org/abs/2112.02918"
     threat = "malicious-parameters"
-    uses = frozenset({"num_examples", "recipe"})
+    uses = frozenset({"num_examples", "recipe", "defense"})
     requires = frozenset({"public", "pixel_layer", "pixel_layer_bias", "relu"})
     paper = {"weight_init": ("trap", "section 6"), "bias": ("zero", "section 6")}
     example_model = "fc2"
@@ -40,13 +42,20 @@ class Trap(Attack):
         0.95, "s', size of positive trap weights relative to negative ones", gt=0, source="section 6"
     )
     expected_batch_size: int = hp(32, "number K of examples of an update that the quantile bias assumes", ge=2)
+    neurons: int = hp(
+        1,
+        "neurons with equal weights; from 2 on, their gradients certify that a reconstruction is one example alone, "
+        "and fewer examples are alone",
+        ge=1,
+        le=16,
+    )
     weight_scale: float = hp(1.0, "standard deviation s of the weights, times the square root of the input size", gt=0)
 
     def needs_workers(self) -> bool:
         return False
 
     def requirements(self) -> frozenset[str]:
-        return self.requires if self.bias == "quantile" else self.requires - {"public"}
+        return self.requires if self.bias == "quantile" or self.neurons > 1 else self.requires - {"public"}
 
     @torch.no_grad()
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:
@@ -59,6 +68,7 @@ class Trap(Attack):
                 order, half = torch.randperm(size, generator=rng), size // 2
                 row[order[:half]] = -row[order[:half]].abs()
                 row[order[half : 2 * half]] = -self.positive_scale * row[order[:half]]
+        weight[: outputs // self.neurons * self.neurons] = weight[: outputs // self.neurons].repeat(self.neurons, 1)
         layer.weight.copy_(weight)
         layer.bias.zero_()
         if self.bias == "quantile":
@@ -67,4 +77,19 @@ class Trap(Attack):
         return model
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        return invert_rows(observation, require_pixel_layer(observation.model, observation.task, self.name))
+        layer = require_pixel_layer(observation.model, observation.task, self.name)
+        least = self._resolution(observation, layer, rng) if self.neurons > 1 else 0.0
+        return invert_rows(observation, layer, self.neurons, least)
+
+    def _resolution(self, observation: Observation, layer: nn.Linear, rng: torch.Generator) -> float:
+        """The s_2 / s_1 that pairs of public examples on one group of neurons have at least."""
+        inputs = public_inputs(observation)
+        labels = torch.randint(observation.task.num_classes, (len(inputs),), generator=rng).to(inputs.device)
+        grads = output_gradients(observation.model, layer, inputs)[torch.arange(len(inputs)), labels]  # (m, h)
+        groups = grads[:, : grads.shape[1] // self.neurons * self.neurons].unflatten(1, (self.neurons, -1))
+        found = []
+        for group in groups.unbind(2):  # (m, R)
+            active = group.abs().sum(1) > 0
+            if active.sum() > 1:
+                found.append(resolution(inputs[active], group[active]))
+        return min(found, default=0.0)

@@ -220,7 +220,8 @@ class Reconstruction:
     trace: the attack's own objective over its iterations, never a metric against the truth. status: "diverged" if no
     run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same. sources: unmixed
     examples before sign, scale and offset are resolved, in the units of the model's input; they are scored separately,
-    by an oracle metric.
+    by an oracle metric. certified: which examples the update proves to be one private example alone, no mixture; None
+    for attacks without a proof.
     """
 
     examples: Tensor  # (M, *shape), valid in the domain
@@ -230,6 +231,7 @@ class Reconstruction:
     restarts: int = 0
     status: Literal["ok", "diverged"] = "ok"
     sources: Tensor | None = None  # (M, *shape)
+    certified: Tensor | None = None  # (M,) bool
 
     @property
     def images(self) -> Tensor:

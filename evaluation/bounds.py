@@ -63,7 +63,7 @@ def _alone_on_a_neuron(attack: Attack, model: nn.Module, task: Task, examples: T
 @MASKS.register("rtf")
 def _alone_in_a_bin(attack: Any, model: nn.Module, task: Task, examples: Tensor) -> Tensor:
     """Alone between two thresholds of the block; with one bin (`one_shot`), between these two."""
-    from attacks.rtf import bins_of
+    from attacks.linear.bins import bins_of
 
     bins = bins_of(model, task, examples)  # (N,), -1 below the first threshold
     alone = ((bins[:, None] == bins).sum(1) == 1) & (bins >= 0)

@@ -112,6 +112,9 @@ def score_trial(
         for row, c, x, best, j in zip(rows, corr, truth.examples, domain.from_model(fitted), source_pairs, strict=True):
             row |= {"oracle_corr": c, "oracle_affine_psnr": psnr(x, best)}
             row["sign_ok"] = j is not None and has_right_sign(x, examples[j])
+    if rec.certified is not None:
+        for row, j in zip(rows, pairs, strict=True):
+            row["certified"] = j is not None and bool(rec.certified[j])
     if comparison is not None:
         _, others = _rebuilt(truth.examples, comparison.examples.cpu(), context)
         for row, x, other in zip(rows, truth.examples, others, strict=True):
@@ -141,6 +144,11 @@ def score_trial(
         for row, single in zip(rows, recoverable.tolist(), strict=True):
             row["ceiling"] = single
         record["candidates"] = len(examples)
+    if rec.certified is not None:
+        record["certified_n"] = int(rec.certified.sum())
+        record["certified_wrong"] = sum(
+            all(psnr(x, guess) < RECOVERED_PSNR for x in truth.examples) for guess in examples[rec.certified]
+        )
     if unrelated is not None:
         record["control"] = false_positive_rate(unrelated, rec, context)
     return TrialScore(rows, rebuilt, record)

@@ -69,6 +69,7 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         "objective": _objective(trials),
         "recovered_psnr": statistics.median(recovered) if recovered else None,
         **_optional_mean(rows, "ceiling"),
+        **_certificates(rows, trials, units),
         **_optional_mean(trials, "candidates"),
         **_optional_mean(trials, "control"),
         **_optional_mean(rows, "oracle_corr"),
@@ -114,6 +115,17 @@ def _objective(trials: Sequence[Row]) -> dict[str, float | None] | None:
         values = [entry[place] for entry in found if entry[place] is not None]
         medians[place] = statistics.median(values) if values else None
     return medians
+
+
+def _certificates(rows: Sequence[Row], trials: Sequence[Row], units: Sequence[Hashable]) -> dict[str, Any]:
+    """The share of examples whose reconstruction is certified, and the number of wrong certificates; empty without any.
+
+    A certificate is wrong if no true example of its update is within 20 dB of the reconstruction.
+    """
+    if not rows or any("certified" not in r for r in rows):
+        return {}
+    share = share_interval([bool(r["certified"]) for r in rows], units)
+    return {"certified": {**share, "wrong": sum(t["certified_wrong"] for t in trials)}}
 
 
 def _share(hits: Sequence[bool], units: Sequence[Hashable]) -> dict[str, Any] | None:

@@ -155,6 +155,12 @@ ENTRIES = (
         "share of images that are nearer to their reconstruction than all candidates of their class, which nobody sent",
     ),
     Entry(
+        "certified",
+        "certified",
+        lambda s: f"{share(s['certified'])}, {s['certified']['wrong']} wrong",
+        "share of images whose reconstruction the update proves to be one image alone, and the number of wrong proofs",
+    ),
+    Entry(
         "recoverable (oracle)",
         "ceiling",
         lambda s: number(s["ceiling"], 3),

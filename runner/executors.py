@@ -122,7 +122,8 @@ def detached(attack: Attack, found: Any, task: Task) -> Reconstruction:
         )
     labels = None if found.labels is None else found.labels.detach().cpu()
     sources = None if found.sources is None else found.sources.detach().float().cpu()
-    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources)
+    certified = None if found.certified is None else found.certified.detach().cpu()
+    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources, certified=certified)
 
 
 def pack(observation: Observation) -> bytes:

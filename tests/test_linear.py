@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import data
 from attacks.base import ATTACKS, Attack
+from attacks.linear.bins import bins_of
 from attacks.linear.features import (
     EmbeddingWhitening,
     FeatureExtractor,
@@ -21,6 +22,7 @@ from attacks.linear.features import (
 )
 from attacks.linear.ica import centred, differences, fast_ica, unmix, whitening
 from attacks.linear.layer import (
+    alone_on_a_neuron,
     distinct,
     layer_gradient,
     match_class_gradients,
@@ -30,7 +32,6 @@ from attacks.linear.layer import (
 )
 from attacks.linear.refinement import refine_by_consistency
 from attacks.optim.tracker import Tracker, tracking
-from attacks.rtf import bins_of
 from core.errors import UsageError
 from core.protocol import Batch, Observation, Recipe, Reconstruction, Task, image_task
 from evaluation.metrics import psnr
@@ -124,6 +125,43 @@ def test_rtf_recovers_the_images_alone_in_their_bin(connection: str, sparse: boo
         assert 32 < single.sum() < 64
 
 
+def sources(truth: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """The true example nearest to each reconstruction."""
+    return torch.cdist(found.flatten(1).double(), truth.flatten(1).double()).argmin(1)
+
+
+@pytest.mark.parametrize("connection", ["addition", "split", "cat"])
+def test_rtf_certifies_exactly_the_images_alone_in_their_bin(connection: str) -> None:
+    attack, truth = ATTACKS["rtf"](connection=connection, bins=64), victims(24, seed=1)
+    observation = observe(attack, network("cnn"), truth)
+    rec, single = rebuild(attack, observation), alone(bins_of(observation.model, TASK, truth.examples))
+    assert rec.certified is not None
+    assert sorted(sources(truth.examples, rec.examples[rec.certified]).tolist()) == single.nonzero().flatten().tolist()
+    assert 8 < single.sum() < 24
+
+
+def test_a_certified_image_is_right_after_local_steps_and_without_a_second_neuron_there_is_none() -> None:
+    attack, truth = ATTACKS["rtf"](), victims(32, seed=0)
+    rec = rebuild(attack, observe(attack, network("cnn"), truth, Recipe(8, 1, lr=0.1)))
+    assert rec.certified is not None
+    assert rec.certified.sum() >= 16
+    assert nearest(rec.examples[rec.certified], truth.examples).min() > 30
+    for options in ({"neurons": 1}, {"connection": "linear"}):
+        attack = ATTACKS["rtf"](**options)
+        assert rebuild(attack, observe(attack, network("lenet"), truth)).certified is None
+
+
+def test_trap_certifies_exactly_the_images_alone_on_a_group_of_neurons() -> None:
+    attack, truth = ATTACKS["trap"](neurons=3), victims(32, seed=2)
+    observation = observe(attack, network("fc2"), truth)
+    rec = rebuild(attack, observation)
+    layer = next(m for m in observation.model.modules() if isinstance(m, torch.nn.Linear))
+    single = alone_on_a_neuron(layer, TASK.domain.to_model(truth.examples))
+    assert rec.certified is not None
+    assert sorted(sources(truth.examples, rec.examples[rec.certified]).tolist()) == single.nonzero().flatten().tolist()
+    assert 4 < single.sum() < 32
+
+
 def test_rtf_keeps_both_of_two_that_look_alike() -> None:
     attack, truth = ATTACKS["rtf"](), victims(8, seed=0)
     truth.examples[5] = truth.examples[2] * 0.9
@@ -175,7 +213,7 @@ def test_rtf_split_block_is_exact_after_local_steps() -> None:
 def test_rtf_one_shot_takes_one_image_at_most_from_many() -> None:
     attack, truth = ATTACKS["rtf"](one_shot=True, bins=64), victims(64, seed=1)
     observation = observe(attack, network("lenet"), truth)
-    assert len(observation.update.tensors["bias"]) == 2
+    assert len(observation.update.tensors["bias"]) == 2 * attack.neurons
     assert len(rebuild(attack, observation).examples) <= 1
 
 
@@ -574,3 +612,34 @@ def test_cpa_resumes_in_the_middle_of_either_segment(stop_after: int) -> None:
     assert torch.equal(resumed.examples, expected.examples)
     assert resumed.trace == expected.trace
     assert len(steps) == 50 - stop_after
+
+
+def noisy(n: int, sigma: float) -> tuple[Observation, Batch]:
+    truth, model = victims(n, seed=0), network("fc2")
+    recipe = Recipe(n, defense=f"gauss(sigma={sigma})") if sigma else Recipe(n)
+    update = gradient(model, truth, TASK, recipe, torch.Generator().manual_seed(0))
+    return Observation(TASK, recipe, model, update, PUBLIC), truth
+
+
+@pytest.mark.parametrize(("n", "least"), [(1, 20), (8, 12)])
+def test_low_rank_takes_most_of_the_noise_from_a_layers_gradient(n: int, least: float) -> None:
+    """About 10 log10(h d / (n (h + d))) dB of it: 24 and 15 for 256 x 3072."""
+    (clean, _), (observed, _) = noisy(n, 0.0), noisy(n, 1e-3)
+    layer = next(m for m in observed.model.modules() if isinstance(m, torch.nn.Linear))
+    truth, sent = (o.update.ordered(o.model)[0].double() for o in (clean, observed))
+    ours, bias = layer_gradient(observed, layer)
+    assert bias is not None
+    assert 20 * torch.log10((sent - truth).norm() / (ours - truth).norm()) > least
+
+
+def test_a_gradient_without_noise_is_left_alone() -> None:
+    observed, _ = noisy(8, 0.0)
+    layer = next(m for m in observed.model.modules() if isinstance(m, torch.nn.Linear))
+    assert torch.equal(layer_gradient(observed, layer)[0], observed.update.ordered(observed.model)[0].double())
+
+
+def test_denoising_serves_an_attack_that_knows_the_noise_and_no_other() -> None:
+    observed, truth = noisy(1, 1e-3)
+    unaware = replace(observed, recipe=Recipe(1))
+    found = [scores(truth.examples, rebuild(ATTACKS["analytic"](), o).examples).item() for o in (observed, unaware)]
+    assert found[0] > found[1] + 10

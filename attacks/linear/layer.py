@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.linear.certificate import ROUNDING, is_certain, main_direction
+from attacks.linear.denoising import denoised, noise_on_mean_gradient
 from attacks.matching.matcher import mean_gradient
 from core.domain import Domain
 from core.protocol import Observation, Reconstruction, Task
@@ -21,6 +23,7 @@ from models.inspection import pixel_layer, require
 # largest relative difference between an observed db_k and the model's own for the example of row k; a delta's is
 # larger because weights move in local training
 MAX_BIAS_MISMATCH = {"gradient": 1e-3, "delta": 0.1}
+MAX_NOISE = 0.03  # relative standard deviation of db_k from which on its agreement says nothing
 CHUNK = 64  # examples whose output gradients are computed at once
 
 
@@ -60,12 +63,13 @@ def require_pixel_layer(model: nn.Module, task: Task, who: str) -> nn.Linear:
 def layer_gradient(observation: Observation, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """dL/dW (h, d) and dL/db (h,) of `layer` in float64; None for a layer without bias.
 
-    A delta counts as one mean gradient.
+    A delta counts as one mean gradient. Noise of a defence that the attacker knows is reduced (denoising.py).
     """
     index = {id(p): i for i, p in enumerate(observation.model.parameters())}
     tensors = mean_gradient(observation, observation.update.ordered(observation.model))
     weight = tensors[index[id(layer.weight)]].double()
-    return weight, None if layer.bias is None else tensors[index[id(layer.bias)]].double()
+    bias = None if layer.bias is None else tensors[index[id(layer.bias)]].double()
+    return denoised(weight, bias, noise_on_mean_gradient(observation), observation.update.num_examples)
 
 
 def pixel_problem(observation: Observation, layer: nn.Linear, project: bool) -> LinearProblem:
@@ -147,32 +151,49 @@ def failed_reconstruction(
     return Reconstruction(torch.empty(0, *shape, device=device), labels, trace, iterations, status="diverged")
 
 
-def invert_rows(observation: Observation, layer: nn.Linear) -> Reconstruction:
+def invert_rows(
+    observation: Observation, layer: nn.Linear, neurons: int = 1, resolution: float = 0.0
+) -> Reconstruction:
     """x = dW_k / db_k for the rows k of `layer` that belong to one example each; at most n examples.
 
     A row that one example alone has activated is a multiple of it, and the broadcast model then predicts db_k for one
     of the labels. Rows are ranked by how well db_k agrees; most others are mixtures of examples.
+
+    neurons: R, rows with equal weights: row k + r K for r < R. Their rank certifies examples, which then rank first;
+    `resolution` is that of `certificate.is_certain`.
     """
     weight, bias = layer_gradient(observation, layer)
     assert bias is not None, "the layer has no bias"
-    n, task = observation.update.num_examples, observation.task
+    n, task, count = observation.update.num_examples, observation.task, len(bias) // neurons
+    weight, bias = (t[: neurons * count].unflatten(0, (neurons, count)) for t in (weight, bias))  # (R, K, d), (R, K)
+    main, second = main_direction(weight)
+    rounding = ROUNDING * weight.norm(dim=(0, 2))
+    weight, bias = torch.einsum("rk,rkd->kd", main, weight), (main * bias).sum(0)
+    certified = is_certain(second, weight.norm(dim=1), rounding, resolution)
     rows = (bias.abs() > 1e-7 * bias.abs().max()).nonzero().flatten()
     pixels = to_examples(weight[rows] / bias[rows, None], task)
     valid = lies_in(task.domain, pixels)
     rows, pixels = rows[valid], task.domain.project(pixels[valid])
     if not len(rows):
         return failed_reconstruction(observation)
+    certified = certified[rows]
     inputs = task.domain.to_model(pixels.to(layer.weight.dtype))
     predicted = output_gradients(observation.model, layer, inputs)  # (M, C, h)
-    predicted = predicted[torch.arange(len(rows)), :, rows] / n
-    mismatch = (predicted / bias[rows, None] - 1).abs()  # (M, C)
+    places = rows[:, None] + count * torch.arange(neurons, device=rows.device)  # (M, R)
+    of_rows = predicted.double().gather(2, places[:, None].expand(-1, predicted.shape[1], -1))  # (M, C, R)
+    of_rows = (of_rows * main.T[rows][:, None]).sum(2) / n  # (M, C)
+    mismatch = (of_rows / bias[rows, None] - 1).abs()
     least, labels = mismatch.min(1)
-    order = least.argsort()
+    # of a defence's noise, denoising has left the share n / h in a column
+    noise = noise_on_mean_gradient(observation) * (n / len(layer.weight)) ** 0.5 / bias[rows].abs()
+    order = torch.where(certified, -1, least + noise).argsort(stable=True)
     # a mixture among the answers costs more than a missing example: it can take an exact one's place in the pairing
-    order = order[: max(1, int((least < MAX_BIAS_MISMATCH[observation.update.kind]).sum()))]
+    largest = MAX_BIAS_MISMATCH[observation.update.kind]
+    accepted = certified | ((least < largest + 3 * noise) & (noise < MAX_NOISE))
+    order = order[: max(1, int(accepted.sum()))]
     order = order[distinct(pixels[order])][:n]
     labels = assign_granted(observation, labels[order], mismatch[order])
-    return Reconstruction(pixels[order].float(), labels)
+    return Reconstruction(pixels[order].float(), labels, certified=certified[order] if neurons > 1 else None)
 
 
 def assign_granted(observation: Observation, labels: Tensor, cost: Tensor) -> Tensor:

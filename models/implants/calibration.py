@@ -67,27 +67,54 @@ def calibrate(
     threshold in a step, in brightness; 0 for the published scale. brightness_shift: mean brightness added to an image.
     """
     gain, factor = PUBLISHED_GAIN, 1 / PUBLISHED_GAIN
+    certifies = len(block.patterns) > 1
+    if threshold_drift or certifies:
+        examples, grads = pattern_gradients(inner, block.task, public, recipe, block.patterns)
+    if certifies:
+        block.resolution.fill_(resolution(examples, grads))
     if threshold_drift:
         brightness = public.examples.mean((1, 2, 3))
         # black images have neither
         energy = max(public.examples.square().sum((1, 2, 3)).mean().item(), 1e-12)  # P
         exceeded = max((brightness[:, None] - edges[:-1]).relu().sum(1).mean().item(), 1e-12)
-        rms = input_gradient_rms(inner, block.task, public, recipe)
+        rms = max(grads.square().mean(0).max().sqrt().item(), 1e-12)  # D
         ratio = threshold_drift / (recipe.lr * rms * energy)
         gain = math.sqrt(brightness_shift / (ratio * exceeded))
         factor = ratio * gain
     block.reset(edges, gain, factor)
 
 
-def input_gradient_rms(model: nn.Module, task: Task, public: Batch, recipe: Recipe) -> float:
-    """D, the root mean square over public images of |sum_j dL/dx_j|, with random labels."""
+def pattern_gradients(
+    model: nn.Module, task: Task, public: Batch, recipe: Recipe, patterns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Public images (n, C, H, W), with random labels, and their sum_j v_j dL/dx_j for patterns v: (n, R)."""
     rng = torch.Generator().manual_seed(0)
     meta, loss = MetaModel(model, recipe.model_mode), LOSSES[recipe.loss]
     size = min(recipe.batch_size, len(public.examples))
-    grads = []
+    images, grads = [], []
     for _ in range(BATCHES):
         chosen = torch.randperm(len(public.examples), generator=rng)[:size]
         labels = torch.randint(task.num_classes, (size,), generator=rng).to(public.labels.device)
-        x = task.domain.to_model(public.examples[chosen.to(public.examples.device)]).requires_grad_()
-        grads.append(torch.autograd.grad(loss(meta(x), labels), x)[0].sum((1, 2, 3)))
-    return max(torch.cat(grads).square().mean().sqrt().item(), 1e-12)
+        images.append(public.examples[chosen.to(public.examples.device)])
+        x = task.domain.to_model(images[-1]).requires_grad_()
+        (grad,) = torch.autograd.grad(loss(meta(x), labels), x)
+        grads.append(torch.einsum("nchw,rchw->nr", grad, patterns))
+    return torch.cat(images), torch.cat(grads)
+
+
+def resolution(examples: Tensor, grads: Tensor) -> float:
+    """The s_2 / s_1 of  d_1 x_1^T + d_2 x_2^T  that 99 of 100 pairs of examples exceed.
+
+    examples: x (n, *shape). grads: d (n, R). Two examples whose ratio is below it look like one.
+    """
+    i, j = torch.triu_indices(len(examples), len(examples), 1).to(examples.device)
+
+    def gram(rows: Tensor) -> Tensor:
+        products = rows.double() @ rows.double().T
+        return torch.stack([products[i, i], products[i, j], products[i, j], products[j, j]], 1).view(-1, 2, 2)
+
+    product = gram(examples.flatten(1)) @ gram(grads)  # (pairs, 2, 2), with eigenvalues s_1^2 and s_2^2
+    squares = product.diagonal(dim1=1, dim2=2).sum(1)
+    ratios = torch.linalg.det(product).clamp(min=0).sqrt() / squares  # s_1 s_2 / (s_1^2 + s_2^2)
+    ratios = ratios[squares > 0]  # without pairs of which neither has a gradient
+    return float(ratios.quantile(0.01)) if len(ratios) else 0.0

@@ -5,6 +5,10 @@ https://arxiv.org/abs/2110.13057      x' = x + a sum_k relu(W_k . pixels + b_k) 
 All rows W_k measure the brightness of the image (its mean pixel) against rising thresholds c_k. An image adds its
 gradient to every row whose threshold it exceeds, so two neighbouring rows differ by the images between their
 thresholds.
+
+Ours: R neurons for each threshold, whose outputs enter x' as different patterns v_r instead of all as a 1. The
+differences of neighbouring rows are then an R x N matrix  sum_i d_i x_i^T,  with d_i in R^R another one for each image
+between the two thresholds: its rank is the number of these images, up to R.
 """
 
 from typing import Literal
@@ -20,25 +24,29 @@ Connection = Literal["addition", "split", "cat", "linear"]
 
 
 class Imprint(nn.Module):
-    """`inner` behind the block. The rows are its first two parameters, weight (K, N) and bias (K,).
+    """`inner` behind the block. The rows are its first two parameters, weight (R K, N) and bias (R K,).
 
     connection "addition": as above; only the rows are trained. "split": thresholds are buffers, and W and b start at
     zero, so that updates keep full float32 precision. "cat": the sum is concatenated to the image as one more channel,
     and a 1x1 convolution, at first the identity plus that channel, maps back. "linear": as published, a second layer
     of constant weights a replaces the image; the network no longer sees it. `sparse` saturates each row at the next
-    threshold: an image then reaches one row only.
+    threshold: an image then reaches one row only. neurons: R; the first K rows are the first neurons of all thresholds.
     """
 
     edges: Tensor  # (K + 1,) thresholds c_k in brightness, the last above every image
     gain: Tensor  # g
     factor: Tensor  # a
     inverted: Tensor  # (C, H, W), 1 for a pixel that is measured by its distance from white; 0 by default
+    resolution: Tensor  # least s_2 / s_1 of the rows of a bin with two images, as pairs of public images have it
+    patterns: Tensor  # (R, C, H, W), what the neurons of a threshold add to an image: 1 for the first, else +1 and -1
 
-    def __init__(self, inner: nn.Module, task: Task, edges: Tensor, connection: Connection, sparse: bool) -> None:
+    def __init__(
+        self, inner: nn.Module, task: Task, edges: Tensor, connection: Connection, sparse: bool, neurons: int = 1
+    ) -> None:
         super().__init__()
         self.task, self.connection, self.sparse = task, connection, sparse
         channels, height, width = task.domain.shape
-        rows, pixels = len(edges) - 1, channels * height * width
+        rows, pixels = neurons * (len(edges) - 1), channels * height * width
         like = {"dtype": edges.dtype, "device": edges.device}
         self.weight = nn.Parameter(torch.zeros(rows, pixels, **like))
         self.bias = nn.Parameter(torch.zeros(rows, **like))
@@ -50,7 +58,11 @@ class Imprint(nn.Module):
         self.register_buffer("edges", edges.clone())
         self.register_buffer("gain", torch.ones((), **like))
         self.register_buffer("factor", torch.ones((), **like))
+        self.register_buffer("resolution", torch.zeros((), **like))
         self.register_buffer("inverted", torch.zeros(channels, height, width, **like))
+        signs = torch.randint(2, (neurons, channels, height, width), generator=torch.Generator().manual_seed(0))
+        signs[0] = 1
+        self.register_buffer("patterns", (2 * signs - 1).to(edges))
         self.reset(edges, 1.0, 1.0)
 
     @torch.no_grad()
@@ -61,9 +73,10 @@ class Imprint(nn.Module):
         self.factor.fill_(factor)
         trained = 0.0 if self.connection == "split" else gain
         self.weight.fill_(trained / self.weight.shape[1])
-        self.bias.copy_(-trained * edges[:-1])
+        self.bias.copy_(-trained * self.for_all_neurons(edges[:-1]))
         if self.connection == "linear":
-            self.second.weight.fill_(factor)
+            of_neurons = factor * self.patterns.flatten(1).T  # (N, R)
+            self.second.weight.copy_(of_neurons.repeat_interleave(len(edges) - 1, dim=1))
             self.second.bias.zero_()
         elif self.connection == "cat":
             channels = self.second.out_channels
@@ -71,6 +84,10 @@ class Imprint(nn.Module):
             self.second.weight[:, :channels, 0, 0] = torch.eye(channels, device=edges.device)
             self.second.weight[:, channels] = 1.0
             self.second.bias.zero_()
+
+    def for_all_neurons(self, values: Tensor) -> Tensor:
+        """(K,), one value for each threshold -> (R K,), for each row."""
+        return values.repeat(len(self.patterns))
 
     def brightness(self, x: Tensor) -> Tensor:
         """The mean pixels, which thresholds are compared with, of inputs (N, C, H, W) of the block: (N,)."""
@@ -90,18 +107,18 @@ class Imprint(nn.Module):
         pixels = self.measured(self.task.domain.from_model(x)).flatten(1)  # (N, C*H*W)
         z = F.linear(pixels, self.weight, self.bias)  # (N, K)
         if self.connection == "split":
-            z = z + self.gain * (pixels.mean(1, keepdim=True) - self.edges[:-1])
+            z = z + self.gain * (pixels.mean(1, keepdim=True) - self.for_all_neurons(self.edges[:-1]))
         active = z.relu()
         if self.sparse:
             width = torch.cat([self.edges[1:-1], self.edges.new_full((1,), torch.inf)]) - self.edges[:-1]
-            active = torch.minimum(active, self.gain * width)
+            active = torch.minimum(active, self.gain * self.for_all_neurons(width))
         if self.connection == "linear":
             return self.inner(self.second(active).view_as(x))
-        added = self.factor * active.sum(1).view(-1, 1, 1, 1)
+        added = self.factor * active.view(len(x), len(self.patterns), -1).sum(2)  # (N, R)
         if self.connection == "cat":
-            plane = added.expand(-1, 1, *x.shape[2:])
+            plane = torch.einsum("nr,rchw->nchw", added, self.patterns[:, :1])
             return self.inner(self.second(torch.cat([x, plane], 1)))
-        return self.inner(x + added)
+        return self.inner(x + torch.einsum("nr,rchw->nchw", added, self.patterns))
 
 
 class FeatureImprint(nn.Sequential):
