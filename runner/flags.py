@@ -102,6 +102,7 @@ class Fed(Common):
     attack_rounds: tuple[int, ...] = hp(
         (), "rounds, from 1, in which the same clients are attacked; default: all, and the clients attacked least"
     )
+    accumulate: bool = hp(False, "one reconstruction from all updates of a client up to each of the `attack_rounds`")
     engine: Literal["own", "flower"] = hp(
         "own", "federation: this suite's own loop, or Flower's simulation (needs flwr and ray)"
     )
