@@ -223,7 +223,7 @@ class Reconstruction:
     run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same. sources: unmixed
     examples before sign, scale and offset are resolved, in the units of the model's input; they are scored separately,
     by an oracle metric. certified: which examples the update proves to be one private example alone, no mixture; None
-    for attacks without a proof.
+    for attacks without a proof. certainty: the probability that each cell of a table is right, by the attack itself.
     """
 
     examples: Tensor  # (M, *shape), valid in the domain
@@ -234,6 +234,7 @@ class Reconstruction:
     status: Literal["ok", "diverged"] = "ok"
     sources: Tensor | None = None  # (M, *shape)
     certified: Tensor | None = None  # (M,) bool
+    certainty: Tensor | None = None  # (M, columns), in [0, 1]
 
     @property
     def images(self) -> Tensor:

@@ -123,7 +123,9 @@ def detached(attack: Attack, found: Any, task: Task) -> Reconstruction:
     labels = None if found.labels is None else found.labels.detach().cpu()
     sources = None if found.sources is None else found.sources.detach().float().cpu()
     certified = None if found.certified is None else found.certified.detach().cpu()
-    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources, certified=certified)
+    certainty = None if found.certainty is None else found.certainty.detach().float().cpu()
+    own = {"certified": certified, "certainty": certainty}
+    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources, **own)
 
 
 def pack(observation: Observation) -> bytes:
