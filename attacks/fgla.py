@@ -13,7 +13,6 @@ mean of the class beside it.
 import inspect
 import sys
 from dataclasses import asdict
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +82,7 @@ class FGLA(Attack):
         code = digest(inspect.getsource(sys.modules[__name__]))
         facts = [{**asdict(self), "refinements": None}, asdict(observation.task.domain), code]
         facts += [store.model_digest(observation.model), store.data_digest(observation.public)]
-        train = partial(self.train, observation)
-        state = store.load_or_compute("fgla", facts, train, observation.update.device)
+        state = store.load_or_compute("fgla", facts, lambda: self.train(observation), observation.update.device)
         network = self.network(observation, len(state["mean"]))
         network.load_state_dict(state)
         return network
@@ -134,18 +132,20 @@ def refine(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The features (K, D) with the least error in explaining the head's gradient, and the errors.
 
-    own, own_bias: the head's parameters, (C, D) and (C,). Stops where the error no longer falls.
+    own, own_bias: the head's parameters, (C, D) and (C,).
     """
     count, h = len(labels), features.double()
     target, hot = weight.double(), F.one_hot(labels, len(bias)).double()
-    best, errors = features, []
+    best, errors = features, []  # relative squared errors of dW and db
     for _ in range(iterations + 1 if count <= len(bias) and features.isfinite().all() else 0):
         d = ((h @ own.double().T + own_bias.double()).softmax(1) - hot) / count  # (K, C)
         error = (d.T @ h - target).square().sum() / target.square().sum()
         error = error + (d.sum(0) - bias).square().sum() / bias.double().square().sum()
-        if not error < min(errors, default=torch.inf):
+        if not error.isfinite():
             break
-        best, errors = h.to(features), [*errors, error.item()]
+        if error < min(errors, default=torch.inf):
+            best = h.to(features)
+        errors.append(error.item())
         h = torch.linalg.pinv(d.T, rtol=CUTOFF) @ target
     return best, tuple(errors)
 

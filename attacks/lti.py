@@ -12,7 +12,7 @@ import copy
 import inspect
 import sys
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class LearningToInvert(Attack):
         update, code = observation.update, digest(inspect.getsource(sys.modules[__name__]))
         facts = [asdict(self), asdict(observation.recipe), update.kind, update.num_examples]
         facts += [store.model_digest(observation.model), store.data_digest(observation.public), code]
-        return store.load_or_compute("lti", facts, partial(self._train, observation), update.device)
+        return store.load_or_compute("lti", facts, lambda: self._train(observation), update.device)
 
     def _train(self, observation: Observation) -> dict[str, Tensor]:
         inputs, targets = self._simulate(observation, stream("lti", "clients"))

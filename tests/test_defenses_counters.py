@@ -233,3 +233,38 @@ def test_the_frontier_writes_table_csv_and_picture_and_repeats_nothing(
     assert len((tmp_path / "frontier.csv").read_text().splitlines()) == 7
     assert (tmp_path / "frontier.png").stat().st_size > 5000
     assert json.dumps(text.strip())[1:-1] in json.dumps(capsys.readouterr().out)
+
+
+def test_a_frontier_that_was_killed_and_goes_on_writes_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--model", "lenet", "--iterations", "2", "--restarts", "1")
+    monkeypatch.setattr(frontier, "CELLS", {"dlg": (1, flags, {})})
+    monkeypatch.setattr(frontier, "BUDGETS", {})
+    monkeypatch.setattr(frontier, "DEFENSES", {"clip": ("clip(bound=0.5)",)})
+    left = [3, 100, 100]  # runs before each command is killed
+
+    def run_all(found: list[frontier.Cell], jobs: int) -> list[dict[str, object]]:
+        done, most = [], left.pop(0)
+        for cell in found:
+            if len(done) == most:
+                raise KeyboardInterrupt
+            done.append(frontier.run_cell(cell.words))
+        return done
+
+    monkeypatch.setattr(frontier, "run_all", run_all)
+    small = {"attacks": ("dlg",), "defenses": ("clip",), "trials": 1, "image_size": 8, "rounds": 1}
+
+    def run(out: Path) -> None:
+        frontier.main(frontier.Flags(out=out, pretrain_epochs=(0,), **small))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "table.md").exists()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("done")}
+    assert len(finished) == 3
+    run(tmp_path / "killed")
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    run(tmp_path / "whole")
+    for name in ("table.md", "frontier.csv"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()

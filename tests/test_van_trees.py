@@ -56,9 +56,9 @@ def test_it_is_the_error_of_the_posterior_mean_of_a_linear_model(sigma: float, c
 
 
 def test_it_grows_with_the_noise_and_a_second_example_and_ends_at_the_prior() -> None:
-    task, rng = image_task((3, 8, 8), 4), torch.Generator().manual_seed(0)
+    task, rng = image_task((3, 5, 5), 4), torch.Generator().manual_seed(0)
     model = build("lenet", task.domain.shape, 4, rng=rng)
-    public = Batch(torch.rand(40, 3, 8, 8, generator=rng), torch.arange(40) % 4)
+    public = Batch(torch.rand(20, 3, 5, 5, generator=rng), torch.arange(20) % 4)
 
     def error(defense: str, count: int = 1, recipe: Recipe | None = None, kind: str = "gradient") -> float:
         found = van_trees(observe(model, task, public, recipe or Recipe(count, defense=defense), count, kind))

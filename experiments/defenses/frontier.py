@@ -56,7 +56,10 @@ DEFENSES: dict[str, tuple[str, ...]] = {
     "soteria": ("soteria(share=0.1)", "soteria(share=0.5)", "soteria(share=0.9)"),
     "precode": ("precode(units=256)", "precode(units=64)", "precode(units=16)"),
     "oasis": ("oasis(copies=flips)", "oasis(copies=rotations)", "oasis(copies=both)"),
+    "censor": ("censor(trials=1)", "censor()", "censor(version=code)"),
+    "outpost": ("outpost(noise=0.08)", "outpost()", "outpost(noise=8.0)"),
 }
+DEFAULT = ("gauss", "dpsgd", "topk", "qsgd", "sign", "soteria", "precode", "oasis")
 # attack -> images of a client, and flags; then what the adaptive attacker changes besides believing in the defence
 CELLS: dict[str, tuple[int, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "dlg": (1, ("--model", "lenet"), {}),
@@ -67,14 +70,17 @@ CELLS: dict[str, tuple[int, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "identify": (1, ("--model", "lenet"), {}),  # evaluation/likelihood.py: no reconstruction
 }
 CANDIDATES, UPDATES = 100, 60  # of identify: candidates, and updates in a cell
-QUICK: dict[str, tuple[str, ...]] = {
+# with which the controls of tuning victims succeed, at 16x16 pixels
+BUDGETS: dict[str, tuple[str, ...]] = {
     "dlg": ("--iterations", "80", "--restarts", "1"),
-    "ig_single": (
-        "--iterations",
-        "150",
-    ),
+    "ig_single": ("--iterations", "100"),
+    "lti": ("--simulations", "2000", "--epochs", "20", "--features", "1024", "--units", "256"),
+}
+QUICK: dict[str, tuple[str, ...]] = {
+    **BUDGETS,
     "lti": ("--simulations", "600", "--epochs", "15", "--features", "1024", "--units", "256"),
 }
+QUICK_TRIALS, QUICK_ROUNDS = 2, 8
 
 
 @hyperparameters
@@ -83,7 +89,10 @@ class Flags:
     base_datadir: Path = hp(ROOT / "datasets", "folder of the data sets")
     out: Path = hp(ROOT / "results" / "frontier", "folder of the runs, the tables and the picture")
     attacks: tuple[str, ...] = hp(tuple(CELLS), "attacks")
-    defenses: tuple[str, ...] = hp(tuple(DEFENSES), "defences, three strengths each")
+    defenses: tuple[str, ...] = hp(
+        DEFAULT, f"defences, three strengths each; also {', '.join(d for d in DEFENSES if d not in DEFAULT)}"
+    )
+    image_size: int = hp(16, "side of the images in pixels", ge=4)
     victims: str = hp("reporting", "private images that may be attacked: reporting, tuning or all")
     trials: int = hp(8, "number of attacked clients in a cell", ge=1)
     local_lr: float = hp(0.1, "learning rate of the clients", gt=0)
@@ -91,7 +100,7 @@ class Flags:
     pretrain_epochs: tuple[int, ...] = hp((0, 3), "epochs of training before the attack, a column of cells for each")
     jobs: int = hp(0, "runs at the same time; 0: one for each core", ge=0)
     seed: int = hp(0, "random seed", ge=0)
-    quick: bool = hp(False, "small images, two clients in a cell, the first column only, few iterations")
+    quick: bool = hp(False, "two clients in a cell, the first column only, fewer rounds and simulations")
 
 
 @dataclass(frozen=True)
@@ -111,9 +120,9 @@ def cells(flags: Flags) -> list[Cell]:
     """Controls, static and adaptive runs, and the runs that measure accuracy (attack "baseline")."""
     common = ["--dataset", flags.dataset, "--base-datadir", str(flags.base_datadir), "--out", str(flags.out)]
     common += ["--victims", flags.victims, "--seed", str(flags.seed), "--local-lr", str(flags.local_lr), "--jobs", "1"]
-    common += ["--image-size", "16"] if flags.quick else []
-    trials, columns = (2, flags.pretrain_epochs[:1]) if flags.quick else (flags.trials, flags.pretrain_epochs)
-    rounds = min(flags.rounds, 15) if flags.quick else flags.rounds
+    common += ["--image-size", str(flags.image_size)]
+    quick = (QUICK_TRIALS, flags.pretrain_epochs[:1], min(flags.rounds, QUICK_ROUNDS))
+    trials, columns, rounds = quick if flags.quick else (flags.trials, flags.pretrain_epochs, flags.rounds)
     chosen = [("none", "none", 0)]
     chosen += [(name, text, k) for name in flags.defenses for k, text in enumerate(DEFENSES[name])]
     found = []
@@ -134,7 +143,7 @@ def cells(flags: Flags) -> list[Cell]:
         found.append(Cell("baseline", text, name, strength, False, 0, ("baseline", *words, *training, "--trials", "1")))
         for attack in flags.attacks:
             images, own, counters = CELLS[attack]
-            own += QUICK.get(attack, ()) if flags.quick else ()
+            own += (QUICK if flags.quick else BUDGETS).get(attack, ())
             federation = ["--rounds", "1", "--clients", str(trials), "--trials", str(trials)]
             for epochs in columns:
                 words = [attack, *common, *own, "--defense", text, *federation, "--client-images", str(images)]
