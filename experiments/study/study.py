@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+import data
 from attacks.base import ATTACKS
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
@@ -22,6 +23,7 @@ from experiments.study import claims
 from experiments.study.runs import (
     OBSERVATIONS,
     SETTINGS,
+    SIDE,
     STATES,
     UTILITY,
     Plan,
@@ -65,6 +67,8 @@ def main(flags: Flags) -> None:
         return
     if unknown := sorted(set(flags.attacks) - set(ATTACKS)):
         raise UsageError(f"`attacks`: {unknown[0]} is none of {', '.join(ATTACKS)}")
+    for name in flags.datasets:  # one line for a data set that is not there, before anything runs
+        data.load(name, base_datadir=flags.base_datadir, image_size=SIDE, victims="reporting")
     plan = Plan(
         datasets=flags.datasets,
         attacks=flags.attacks or attack_names(flags.quick),

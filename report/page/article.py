@@ -67,7 +67,7 @@ def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
             yield '<p class="private">The file of reconstructions is missing or damaged, so there are no pictures.</p>'
         return
     yield '<div class="gallery">'
-    yield from (pair_figure(run, i, pair) for i, pair in enumerate(pairs))
+    yield from (run_pair(run, pair) for pair in pairs)
     yield "</div>"
     notes = []
     if len(pairs) < len(run.rows):
@@ -78,7 +78,13 @@ def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
         yield f'<p class="note">{" ".join(notes)}</p>'
 
 
-def pair_figure(run: Run, index: int, pair: Pair, big: bool = False) -> str:
+def run_pair(run: Run, pair: Pair, big: bool = False) -> str:
+    """A pair of a run, with its title and, unless the run is an audit, the name of its file."""
+    name = "" if run.is_audit or "file" not in pair.row else f" · {pair.row['file']}"
+    return pair_figure(title(run), pair, name, big)
+
+
+def pair_figure(heading: str, pair: Pair, name: str = "", big: bool = False) -> str:
     """Truth and reconstruction side by side, and how near they are."""
     row = pair.row
     missed = row.get("match") is None
@@ -89,7 +95,6 @@ def pair_figure(run: Run, index: int, pair: Pair, big: bool = False) -> str:
     quality = "missed" if missed else "recovered" if recovered else "not recovered"
     beside = "" if null is None else f"null {null:.1f} dB"
     rank = f'<span class="rank">{pair.rank}</span>' if pair.rank else ""
-    name = "" if run.is_audit or "file" not in row else f" · {row['file']}"
     caption = (
         f'<figcaption>{rank}<span class="score {"yes" if recovered else "no"}"><strong>{score}</strong> '
         f"{quality}</span>"
@@ -108,9 +113,9 @@ def pair_figure(run: Run, index: int, pair: Pair, big: bool = False) -> str:
         if pair.right
         else '<span class="nothing">no reconstruction</span>'
     )
-    label = escape(f"Enlarge {pair.rank or 'pair'}: {title(run)}, {where}, {score}")
+    label = escape(f"Enlarge {pair.rank or 'pair'}: {heading}, {where}, {score}")
     tag = '<span class="tag" aria-hidden="true">'
-    words = " · ".join(part for part in (title(run), where, f"{score}, {quality}", beside) if part)
+    words = " · ".join(part for part in (heading, where, f"{score}, {quality}", beside) if part)
     return (
         f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" '
         f'data-caption="{escape(words)}"><span class="aside">{label}</span>'

@@ -2,17 +2,19 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from report import style, tables
-from report.page.article import article_start, details_of, pair_figure
+from report.page.article import article_start, details_of, pair_figure, run_pair
 from report.page.cases import cases
 from report.page.images import Pair, pairs_of
 from report.page.load import Run
 from report.page.overview import cells_of, columns_of, comparison_charts, defense_tables, runs_table
 from report.page.words import VERDICTS, headline, title, varied_settings
+
+__all__ = ["details", "document", "headline", "lightbox", "page", "pair_figure"]
 
 PICTURES = 6_500_000  # bytes of all pictures of a page
 HERE = Path(__file__).parent
@@ -34,18 +36,22 @@ def page(runs: Mapping[Run, str], left_out: Sequence[Path], show_victims: bool) 
     runs: at least one, with its details. left_out: folders without a run that can be shown.
     """
     pictures = gather_pictures([*runs], show_victims)
+    return document(headline([*runs]), _body(runs, left_out, pictures))
+
+
+def document(heading: str, body: Iterable[str]) -> str:
+    """A whole HTML document, with style and script inside, which may load nothing."""
     script = (HERE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body = "".join(_body(runs, left_out, pictures))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(headline([*runs]))} · Federated Privacy Attack</title>\n"
+        f"<title>{escape(heading)} · Federated Privacy Attack</title>\n"
         f"<style>{style.css_variables()}{(HERE / 'style.css').read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
+        f"<body>\n{''.join(body)}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -80,7 +86,7 @@ def _body(found: Mapping[Run, str], left_out: Sequence[Path], pictures: Mapping[
     yield from _glossary()
     yield from _left_out(left_out)
     yield "</main>"
-    yield _lightbox()
+    yield lightbox()
 
 
 def _hero(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]]) -> Iterator[str]:
@@ -100,7 +106,7 @@ def _hero(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]]) -> Iterator
     yield "</div>"
     pairs = pictures.get(first.number)
     if pairs and pairs[0].size is not None:
-        yield f'<div class="showcase">{pair_figure(first, 0, pairs[0], big=True)}</div>'
+        yield f'<div class="showcase">{run_pair(first, pairs[0], big=True)}</div>'
     yield "</header>"
 
 
@@ -126,7 +132,8 @@ def _left_out(folders: Sequence[Path]) -> Iterator[str]:
         yield "</ul></section>"
 
 
-def _lightbox() -> str:
+def lightbox() -> str:
+    """The dialog of an enlarged pair, and the place of a drawing's exact values."""
     return (
         '<dialog id="lightbox" aria-labelledby="lightbox-caption"><div class="pictures"></div>'
         '<p id="lightbox-caption"></p><div class="buttons"><button type="button" data-step="-1">← Previous</button>'
