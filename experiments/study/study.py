@@ -31,7 +31,6 @@ from experiments.study.runs import (
     cells,
     common_flags,
     run_all,
-    run_in_turn,
 )
 from report.page import write_page
 from report.tables import number, table
@@ -80,7 +79,7 @@ def main(flags: Flags) -> None:
     )
     measured_on = commit()  # before a table is written
     found = cells(plan)
-    rows = run_in_turn(found) if flags.backend == "ray" else run_all(found, flags.jobs or cores())
+    rows = run_all(found, 1 if flags.backend == "ray" else flags.jobs or cores())
     folders = [Path(row["folder"]) for row in rows if "folder" in row]
     if not folders:
         raise UsageError("none of these `attacks` applies to these `datasets`")
@@ -255,11 +254,16 @@ def write_docs(stored: Mapping[str, Any]) -> None:
 
 def block(part: str, stored: Mapping[str, Any]) -> str:
     """A table and the line below it."""
-    extent = " --quick" if stored["quick"] else ""
-    return (
-        f"{render(part, stored)}\n\n(`sh experiments/study.sh{extent} --docs`; commit `{stored['commit']}`, torch "
-        f"{stored['torch']}, {stored['cores']} CPU cores.)"
+    return f"{render(part, stored)}\n\n(`{command(stored)}`; commit `{stored['commit']}`, torch {stored['torch']}, " + (
+        f"{stored['cores']} CPU cores.)"
     )
+
+
+def command(stored: Mapping[str, Any]) -> str:
+    """The command that measures a stored study. Attacks are named if the study has others today."""
+    attacks = list(dict.fromkeys(row["attack"] for row in stored["rows"] if row["table"] == "grid"))
+    own = "" if set(attacks) == set(attack_names(stored["quick"])) else f" --attacks {' '.join(sorted(attacks))}"
+    return f"sh experiments/study.sh{' --quick' if stored['quick'] else ''}{own} --docs"
 
 
 if __name__ == "__main__":
