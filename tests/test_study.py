@@ -114,9 +114,11 @@ def test_every_command_of_the_study_can_be_parsed(quick: bool) -> None:
     assert {cell.facts["attack"] for cell in found} >= set(ATTACKS)
 
 
-def test_an_unknown_attack_is_one_line() -> None:
+def test_an_unknown_attack_or_data_set_is_one_line() -> None:
     with pytest.raises(UsageError, match="`attacks`: nope is none of"):
         study.main(study.Flags(attacks=("nope",)))
+    with pytest.raises(UsageError, match="unknown data set 'photo'"):
+        study.main(study.Flags(datasets=("photo",)))
 
 
 def test_a_cell_is_measured_once_and_a_refusal_is_a_row() -> None:

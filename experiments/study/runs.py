@@ -11,7 +11,7 @@ import io
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -288,27 +288,29 @@ def units_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def run_all(found: Sequence[Cell], jobs: int) -> list[dict[str, Any]]:
-    """All measurements, in the order of the cells; `jobs` runs at the same time."""
-    measured = []
+    """All measurements, in the order of the cells; `jobs` runs at the same time, in this process if it is one."""
+    if jobs == 1:
+        return _counted(map(measure, found), len(found))
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
     finished = False
     try:
-        for done, result in enumerate(pool.map(measure, found), 1):
-            measured.append(result)
-            print(f"\r{done}/{len(found)} runs", end="", file=sys.stderr, flush=True)
+        measured = _counted(pool.map(measure, found), len(found))
         finished = True
     finally:
         if not finished:  # what has been done is on the disk
             for worker in multiprocessing.active_children():
                 worker.kill()
         pool.shutdown(wait=finished, cancel_futures=True)
-        print(file=sys.stderr)
     return measured
 
 
-def run_in_turn(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    """All measurements, one after the other: each run has its own workers or its own Ray."""
-    return [measure(cell) for cell in found]
+def _counted(results: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]]:
+    measured = []
+    for result in results:
+        measured.append(result)
+        print(f"\r{len(measured)}/{total} runs", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return measured
 
 
 def common_flags(base_datadir: Path, out: Path, backend: str) -> tuple[str, ...]:

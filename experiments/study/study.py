@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+import data
 from attacks.base import ATTACKS
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
@@ -22,6 +23,7 @@ from experiments.study import claims
 from experiments.study.runs import (
     OBSERVATIONS,
     SETTINGS,
+    SIDE,
     STATES,
     UTILITY,
     Plan,
@@ -29,7 +31,6 @@ from experiments.study.runs import (
     cells,
     common_flags,
     run_all,
-    run_in_turn,
 )
 from report.page import write_page
 from report.tables import number, table
@@ -65,6 +66,8 @@ def main(flags: Flags) -> None:
         return
     if unknown := sorted(set(flags.attacks) - set(ATTACKS)):
         raise UsageError(f"`attacks`: {unknown[0]} is none of {', '.join(ATTACKS)}")
+    for name in flags.datasets:  # one line for a data set that is not there, before anything runs
+        data.load(name, base_datadir=flags.base_datadir, image_size=SIDE, victims="reporting")
     plan = Plan(
         datasets=flags.datasets,
         attacks=flags.attacks or attack_names(flags.quick),
@@ -76,7 +79,7 @@ def main(flags: Flags) -> None:
     )
     measured_on = commit()  # before a table is written
     found = cells(plan)
-    rows = run_in_turn(found) if flags.backend == "ray" else run_all(found, flags.jobs or cores())
+    rows = run_all(found, 1 if flags.backend == "ray" else flags.jobs or cores())
     folders = [Path(row["folder"]) for row in rows if "folder" in row]
     if not folders:
         raise UsageError("none of these `attacks` applies to these `datasets`")
@@ -251,11 +254,16 @@ def write_docs(stored: Mapping[str, Any]) -> None:
 
 def block(part: str, stored: Mapping[str, Any]) -> str:
     """A table and the line below it."""
-    extent = " --quick" if stored["quick"] else ""
-    return (
-        f"{render(part, stored)}\n\n(`sh experiments/study.sh{extent} --docs`; commit `{stored['commit']}`, torch "
-        f"{stored['torch']}, {stored['cores']} CPU cores.)"
+    return f"{render(part, stored)}\n\n(`{command(stored)}`; commit `{stored['commit']}`, torch {stored['torch']}, " + (
+        f"{stored['cores']} CPU cores.)"
     )
+
+
+def command(stored: Mapping[str, Any]) -> str:
+    """The command that measures a stored study. Attacks are named if the study has others today."""
+    attacks = list(dict.fromkeys(row["attack"] for row in stored["rows"] if row["table"] == "grid"))
+    own = "" if set(attacks) == set(attack_names(stored["quick"])) else f" --attacks {' '.join(sorted(attacks))}"
+    return f"sh experiments/study.sh{' --quick' if stored['quick'] else ''}{own} --docs"
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
             yield '<p class="private">The file of reconstructions is missing or damaged, so there are no pictures.</p>'
         return
     yield '<div class="gallery">'
-    yield from (pair_of(run, pair) for pair in pairs)
+    yield from (run_pair(run, pair) for pair in pairs)
     yield "</div>"
     notes = []
     if len(pairs) < len(run.rows):
@@ -78,13 +78,13 @@ def _gallery(run: Run, pairs: Sequence[Pair] | None) -> Iterator[str]:
         yield f'<p class="note">{" ".join(notes)}</p>'
 
 
-def pair_of(run: Run, pair: Pair, big: bool = False) -> str:
-    """A pair of a run, with the name of its file if that is not private."""
+def run_pair(run: Run, pair: Pair, big: bool = False) -> str:
+    """A pair of a run, with its title and, unless the run is an audit, the name of its file."""
     name = "" if run.is_audit or "file" not in pair.row else f" · {pair.row['file']}"
     return pair_figure(title(run), pair, name, big)
 
 
-def pair_figure(title: str, pair: Pair, name: str = "", big: bool = False) -> str:
+def pair_figure(heading: str, pair: Pair, name: str = "", big: bool = False) -> str:
     """Truth and reconstruction side by side, and how near they are."""
     row = pair.row
     missed = row.get("match") is None
@@ -113,9 +113,9 @@ def pair_figure(title: str, pair: Pair, name: str = "", big: bool = False) -> st
         if pair.right
         else '<span class="nothing">no reconstruction</span>'
     )
-    label = escape(f"Enlarge {pair.rank or 'pair'}: {title}, {where}, {score}")
+    label = escape(f"Enlarge {pair.rank or 'pair'}: {heading}, {where}, {score}")
     tag = '<span class="tag" aria-hidden="true">'
-    words = " · ".join(part for part in (title, where, f"{score}, {quality}", beside) if part)
+    words = " · ".join(part for part in (heading, where, f"{score}, {quality}", beside) if part)
     return (
         f'<figure class="pair{" big" if big else ""}"><button type="button" class="enlarge" '
         f'data-caption="{escape(words)}"><span class="aside">{label}</span>'

@@ -7,12 +7,14 @@ from html import escape
 from pathlib import Path
 
 from report import style, tables
-from report.page.article import article_start, details_of, pair_of
+from report.page.article import article_start, details_of, pair_figure, run_pair
 from report.page.cases import cases
 from report.page.images import Pair, pairs_of
 from report.page.load import Run
 from report.page.overview import cells_of, columns_of, comparison_charts, defense_tables, runs_table
 from report.page.words import VERDICTS, headline, title, varied_settings
+
+__all__ = ["details", "document", "headline", "lightbox", "page", "pair_figure"]
 
 PICTURES = 6_500_000  # bytes of all pictures of a page
 HERE = Path(__file__).parent
@@ -37,7 +39,7 @@ def page(runs: Mapping[Run, str], left_out: Sequence[Path], show_victims: bool) 
     return document(headline([*runs]), _body(runs, left_out, pictures))
 
 
-def document(title: str, body: Iterable[str]) -> str:
+def document(heading: str, body: Iterable[str]) -> str:
     """A whole HTML document, with style and script inside, which may load nothing."""
     script = (HERE / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -47,7 +49,7 @@ def document(title: str, body: Iterable[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)} · Federated Privacy Attack</title>\n"
+        f"<title>{escape(heading)} · Federated Privacy Attack</title>\n"
         f"<style>{style.css_variables()}{(HERE / 'style.css').read_text(encoding='utf-8')}</style>\n</head>\n"
         f"<body>\n{''.join(body)}\n<script>{script}</script>\n</body>\n</html>\n"
     )
@@ -104,7 +106,7 @@ def _hero(ranked: Sequence[Run], pictures: Mapping[int, list[Pair]]) -> Iterator
     yield "</div>"
     pairs = pictures.get(first.number)
     if pairs and pairs[0].size is not None:
-        yield f'<div class="showcase">{pair_of(first, pairs[0], big=True)}</div>'
+        yield f'<div class="showcase">{run_pair(first, pairs[0], big=True)}</div>'
     yield "</header>"
 
 
