@@ -124,8 +124,9 @@ def detached(attack: Attack, found: Any, task: Task) -> Reconstruction:
     sources = None if found.sources is None else found.sources.detach().float().cpu()
     certified = None if found.certified is None else found.certified.detach().cpu()
     certainty = None if found.certainty is None else found.certainty.detach().float().cpu()
-    own = {"certified": certified, "certainty": certainty}
-    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources, **own)
+    return dataclasses.replace(
+        found, examples=examples, labels=labels, sources=sources, certified=certified, certainty=certainty
+    )
 
 
 def pack(observation: Observation) -> bytes:

@@ -27,19 +27,14 @@ def bench(page: str, out: Path, *flags: str) -> list[dict[str, str]]:
 
 def test_speed_compares_engines_on_one_victim(tmp_path: Path) -> None:
     small = ["--turns", "8", "--iterations", "3", "--image-size", "9", "--no-long"]
-    rows = bench("speed.py", tmp_path, "--cases", "ig_convnet64_1", "rtf", *small)
-    by_case = {name: [r for r in rows if r["case"] == name] for name in ("ig_convnet64_1", "rtf")}
-    assert [r["engine"] for r in by_case["ig_convnet64_1"]][:2] == ["ours", "reference"]
-    assert [r["engine"] for r in by_case["rtf"]] == ["ours", "reference"], "the peer has no such attack"
-    for row in by_case["ig_convnet64_1"]:
+    rows = bench("speed.py", tmp_path, "--cases", "ig_convnet64_1", *small)
+    assert [r["engine"] for r in rows][:2] == ["ours", "reference"]
+    for row in rows:
         assert float(row["ms/iteration"]) > 0
         assert float(row["peak MB"]) > 0
         assert row["s/victim"] == row["x ours, whole"] == "-", "runs cut short are not compared as if they were whole"
     turns = json.loads((tmp_path / "speed_ig_convnet64_1.json").read_text())["turns"]
     assert all(len(r["victims"][0]["times"]) == 10 for r in turns.values()), "as many iterations of each"
-    for row in by_case["rtf"]:
-        assert float(row["s/victim"]) > 0
-        assert float(row["best PSNR dB"]) > 0
 
 
 def test_a_loop_cut_short_shows_its_speed_and_no_picture(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SMALL = ["--image-size", "16", "--trials", "1", "--jobs", "1"]
 # a smaller batch would have no fast convolution; and a process whose threads have worked cannot fork
-BFLOAT16 = ["--precision", "bfloat16", "--batch-size", "2", "--threads", "1"]
+BFLOAT16 = ["--grant", "labels", "--precision", "bfloat16", "--batch-size", "2", "--threads", "1"]
 FEATURES = ["--feature-iterations", "12"]
 WHOLE_BUDGET = ["--activation", "tanh", "--restarts", "2", "--failure-threshold", "1e-12", "--patience", "0"]
 SMALL_GENERATOR = [
@@ -33,7 +33,7 @@ LONG = {  # name -> mode, kills, attack and flags
     "ig_single": (
         "grad",
         3,
-        ["ig_single", "--model", "convnet64", "--iterations", "10", "--restarts", "2", *FEATURES, *BFLOAT16],
+        ["ig_single", "--model", "convnet64", "--iterations", "8", "--restarts", "2", *FEATURES, *BFLOAT16],
     ),
     "sme": ("fed", 3, ["sme", "--model", "cnn", "--iterations", "60", "--restarts", "2", "--local-epochs", "2"]),
     "ggl by CMA-ES": ("grad", 3, ["ggl", "--model", "cnn", *CMA]),

@@ -160,7 +160,7 @@ def test_a_sweep_ends_with_one_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("attack", ["idlg", "baseline"])
 def test_the_other_scripts_run(mode: str, attack: str, tmp_path: Path) -> None:
     tiny = TINY if attack != "baseline" else ("--image-size", "16")
-    extra = ("--rounds", "1", "--clients", "2", "--eval-every", "1") if mode == "fed" else ()
+    extra = ("--rounds", "1", "--clients", "2", "--eval-every", "1", "--client-images", "20") if mode == "fed" else ()
     done = shell(f"{mode}/{attack}.sh", "--trials", "1", *tiny, *extra, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())

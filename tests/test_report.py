@@ -143,6 +143,7 @@ def full_summary() -> dict[str, Any]:
     fed: dict[str, Any] = {"accuracy": 0.512, "training_loss": 1.234, "companion": "ig_single"}
     fed["guarantee"] = {"unit": "client", "epsilon": 1234.5, "delta": 1e-5}
     fed["identified_bound"] = 0.123
+    fed["van_trees"] = {"psnr": 23.4, "exceeded": False}
     notes = [f"folder: {'12 files, ' * 20}"]
     return more | summarize(rows, records) | fed | {"oracle": ["labels"], "notes": notes} | KNOWLEDGE
 
