@@ -647,6 +647,7 @@ def unwritable(prepared: Prepared) -> Iterator[Case]:
 
 
 def _read_only(run: Path) -> None:
+    run.parents[4].chmod(0o755)  # of all cases: the other user may read
     for path in [run.parents[2], *run.parents[2].rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
