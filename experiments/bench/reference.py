@@ -86,8 +86,9 @@ def ig(
     iterations: int,
     lr: float = 0.1,
     tv: float = 1e-4,
+    bounds: tuple[Tensor | float, Tensor | float] = (0.0, 1.0),
 ) -> Iterator[Tensor]:
-    """Geiping et al.: signed Adam on cosine distance and total variation, clamped to [0, 1]; the rate falls thrice.
+    """Geiping et al.: signed Adam on cosine distance and total variation, clamped to bounds; the rate falls thrice.
 
     simulate: images -> the update that they cause: `gradient` for one step, `fedavg` for several.
     """
@@ -101,7 +102,7 @@ def ig(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            x.clamp_(0, 1)
+            x.copy_(x.clamp(*bounds))  # type: ignore[arg-type]
         yield x.detach()
 
 

@@ -107,7 +107,7 @@ def take_turns(names: list[str], turns: int, case: list[str]) -> dict[str, Run]:
 
 def reaches(found: Run, decibels: float) -> float | None:
     """Seconds until the PSNR first reaches `decibels`."""
-    return next((t for t, psnr in found["scores"] if psnr >= decibels), None)
+    return next((t for t, psnr, *_ in found["scores"] if psnr >= decibels), None)
 
 
 def extrapolated(found: Run, iterations: int) -> float:
@@ -118,8 +118,8 @@ def extrapolated(found: Run, iterations: int) -> float:
 
 def best(found: Run) -> tuple[float, float]:
     """The best (PSNR, seconds)."""
-    psnr = max(p for _, p in found["scores"])
-    return psnr, next(t for t, p in found["scores"] if p == psnr)
+    psnr = max(p for _, p, *_ in found["scores"])
+    return psnr, next(t for t, p, *_ in found["scores"] if p == psnr)
 
 
 def min_median_max(values: list[float], digits: int) -> str:

@@ -7,4 +7,4 @@ DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos 
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 exec "$PYTHON" "$ROOT/main_fed.py" ig_multi --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
-    --model convnet64 --trials 4 --client-images 4 --batch-size 2 --local-epochs 2 --local-lr 0.05 "$@"
+    --model cnn --trials 4 --client-images 4 --batch-size 2 --local-epochs 2 --local-lr 0.05 "$@"

@@ -7,4 +7,4 @@ DATASET=${DATASET:-photos}        # a name from --help, such as cifar10; photos 
 
 ROOT=$(dirname "$0")/../.. && . "$ROOT/experiments/env.sh"
 exec "$PYTHON" "$ROOT/main_fed.py" ig_weight --dataset "$DATASET" --base-datadir "$BASE_DATADIR" \
-    --model convnet64 --trials 4 --local-epochs 5 "$@"
+    --model cnn --trials 4 --local-epochs 5 "$@"
