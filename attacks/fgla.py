@@ -3,8 +3,8 @@
     h_y = (dW_y - o_W) / (db_y - o_b),   o = (1 - 1/K) mean of the rows of absent classes,   x = G(h_y)
 
 h_y is what the head received for the one example of class y, and G is a network that inverts the features of public
-images under the broadcast model. Offsets are approximate. Ours are `refinements` that make features exact where K <= C,
-a fixed point of  p_i = softmax(W h_i + b),   H = K (P - Y)^T+ dW.
+images under the broadcast model. Offsets are approximate. Ours are `refinements`, which make features exact for
+K <= C - 2: a fixed point of  p_i = softmax(W h_i + b),   H = K (P - Y)^T+ dW.
 
 Examples of one class share the mean of their features. As G regresses to its prior, its score means nothing without the
 mean of the class beside it.
@@ -132,12 +132,12 @@ def refine(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The features (K, D) with the least error in explaining the head's gradient, and the errors.
 
-    own, own_bias: the head's parameters, (C, D) and (C,).
+    own, own_bias: the head's parameters, (C, D) and (C,). As the rows of P - Y sum to zero, K <= C - 2 is needed.
     """
     count, h = len(labels), features.double()
     target, hot = weight.double(), F.one_hot(labels, len(bias)).double()
     best, errors = features, []  # relative squared errors of dW and db
-    for _ in range(iterations + 1 if count <= len(bias) and features.isfinite().all() else 0):
+    for _ in range(iterations + 1 if count <= len(bias) - 2 and features.isfinite().all() else 0):
         d = ((h @ own.double().T + own_bias.double()).softmax(1) - hot) / count  # (K, C)
         error = (d.T @ h - target).square().sum() / target.square().sum()
         error = error + (d.sum(0) - bias).square().sum() / bias.double().square().sum()
