@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from attacks.base import Attack, register
 from attacks.labels.inference import infer_labels
-from attacks.linear.features import FeatureExtractor
+from attacks.linear.features import FeatureExtractor, cosine_annealing
 from attacks.matching.matcher import mean_gradient
+from attacks.optim.adam import Adam
 from core.errors import UsageError
 from core.hyperparameters import hp
 from core.protocol import Observation, Recipe, Reconstruction, Task
@@ -100,20 +101,17 @@ class FGLA(Attack):
         network = self.network(observation, features.shape[1])
         network.mean.copy_(features.mean(0))
         network.scale.copy_(1 / features.std(0).clamp(min=1e-3 * features.std(0).max().item() + 1e-12))
-        optimizer = torch.optim.Adam(network.parameters(), self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        for _ in range(self.steps):
+        parameters = list(network.parameters())
+        optimizer = Adam(parameters)
+        for step in range(self.steps):
             first, second = torch.randint(len(images), (2, self.batch), generator=rng)
             share = torch.rand(self.batch, generator=rng) * (torch.rand(self.batch, generator=rng) < self.mixing)
             mixed = images[first].lerp(images[second], share.view(-1, *[1] * (images.ndim - 1)).to(images))
             with torch.no_grad():
                 inputs = extract(task.domain.to_model(mixed)).flatten(1)
             loss = (network(inputs) - mixed).square().mean()
-            grads = torch.autograd.grad(loss, list(network.parameters()))
-            for parameter, grad in zip(network.parameters(), grads, strict=True):
-                parameter.grad = grad
-            optimizer.step()
-            schedule.step()
+            rate = cosine_annealing(self.lr, step, self.steps, 0.0)
+            optimizer.step(torch.autograd.grad(loss, parameters), [rate] * len(parameters))
         return {name: t.detach().contiguous() for name, t in network.state_dict().items()}
 
 
