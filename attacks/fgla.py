@@ -3,8 +3,8 @@
     h_y = (dW_y - o_W) / (db_y - o_b),   o = (1 - 1/K) mean of the rows of absent classes,   x = G(h_y)
 
 h_y is what the head received for the one example of class y, and G is a network that inverts the features of public
-images under the broadcast model. Offsets are approximate. Ours are `refinements` that make features exact where K <= C,
-a fixed point of  p_i = softmax(W h_i + b),   H = K (P - Y)^T+ dW.
+images under the broadcast model. Offsets are approximate. Ours are `refinements`, which make features exact for
+K <= C - 2: a fixed point of  p_i = softmax(W h_i + b),   H = K (P - Y)^T+ dW.
 
 Examples of one class share the mean of their features. As G regresses to its prior, its score means nothing without the
 mean of the class beside it.
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from attacks.base import Attack, register
 from attacks.labels.inference import infer_labels
-from attacks.linear.features import FeatureExtractor
+from attacks.linear.features import FeatureExtractor, cosine_annealing
 from attacks.matching.matcher import mean_gradient
+from attacks.optim.adam import Adam
 from core.errors import UsageError
 from core.hyperparameters import hp
 from core.protocol import Observation, Recipe, Reconstruction, Task
@@ -102,20 +103,17 @@ class FGLA(Attack):
         network = self.network(observation, features.shape[1])
         network.mean.copy_(features.mean(0))
         network.scale.copy_(1 / features.std(0).clamp(min=1e-3 * features.std(0).max().item() + 1e-12))
-        optimizer = torch.optim.Adam(network.parameters(), self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        for _ in range(self.steps):
+        parameters = list(network.parameters())
+        optimizer = Adam(parameters)
+        for step in range(self.steps):
             first, second = torch.randint(len(images), (2, self.batch), generator=rng)
             share = torch.rand(self.batch, generator=rng) * (torch.rand(self.batch, generator=rng) < self.mixing)
             mixed = images[first].lerp(images[second], share.view(-1, *[1] * (images.ndim - 1)).to(images))
             with torch.no_grad():
                 inputs = extract(task.domain.to_model(mixed)).flatten(1)
             loss = (network(inputs) - mixed).square().mean()
-            grads = torch.autograd.grad(loss, list(network.parameters()))
-            for parameter, grad in zip(network.parameters(), grads, strict=True):
-                parameter.grad = grad
-            optimizer.step()
-            schedule.step()
+            rate = cosine_annealing(self.lr, step, self.steps, 0.0)
+            optimizer.step(torch.autograd.grad(loss, parameters), [rate] * len(parameters))
         return {name: t.detach().contiguous() for name, t in network.state_dict().items()}
 
 
@@ -134,12 +132,12 @@ def refine(
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The features (K, D) with the least error in explaining the head's gradient, and the errors.
 
-    own, own_bias: the head's parameters, (C, D) and (C,).
+    own, own_bias: the head's parameters, (C, D) and (C,). As the rows of P - Y sum to zero, K <= C - 2 is needed.
     """
     count, h = len(labels), features.double()
     target, hot = weight.double(), F.one_hot(labels, len(bias)).double()
     best, errors = features, []  # relative squared errors of dW and db
-    for _ in range(iterations + 1 if count <= len(bias) and features.isfinite().all() else 0):
+    for _ in range(iterations + 1 if count <= len(bias) - 2 and features.isfinite().all() else 0):
         d = ((h @ own.double().T + own_bias.double()).softmax(1) - hot) / count  # (K, C)
         error = (d.T @ h - target).square().sum() / target.square().sum()
         error = error + (d.sum(0) - bias).square().sum() / bias.double().square().sum()
