@@ -20,6 +20,7 @@ from experiments.study.runs import SCORES
 
 CLAIMS = Path(__file__).parent / "claims.json"
 VERDICTS = ("confirmed", "refuted", "not shown")
+LEAST_ATTACKS = 3  # that a claim about most attacks needs
 NOT_ATTACKS = ("baseline",)  # learns nothing from an update
 
 Row = Mapping[str, Any]  # a measurement: facts, and units or `refused`
@@ -53,8 +54,10 @@ def judge(claim: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _majority(quorum: str, yes: int, no: int, undecided: int) -> str:
-    """The verdict of several: `most` needs more than half of them, `all` needs every one."""
+    """The verdict of several attacks: `most` needs more than half of them, `all` needs every one."""
     total = yes + no + undecided
+    if total < LEAST_ATTACKS:
+        return "not shown"
     if total and (yes == total if quorum == "all" else 2 * yes > total):
         return "confirmed"
     if no and (quorum == "all" or 2 * no >= total):

@@ -55,7 +55,7 @@ class Flags:
     seeds: int = hp(0, "federations that measure accuracy; 0: 3 with --quick, 5 without", ge=0)
     jobs: int = hp(0, "runs at the same time; 0: one for each core", ge=0)
     backend: Literal["local", "ray"] = hp("local", "executor: processes, or runs in turn, each on Ray")
-    quick: bool = hp(False, "a few cells and victims, few iterations: under six minutes on two cores")
+    quick: bool = hp(False, "one network for each attack and few iterations: minutes instead of hours")
     docs: bool = hp(False, "docs/study.json and docs/study.md written anew from these runs")
     render: bool = hp(False, "docs/study.md written again from docs/study.json, without a run")
 
