@@ -4,25 +4,29 @@ import pytest
 import torch
 
 from attacks import ATTACKS
-from core.protocol import Recipe, Reconstruction
+from core.protocol import Recipe, Reconstruction, Task
 from defenses.base import DEFENSES
 from evaluation.objective import Objectives, objectives, status_of
-from tests.test_contract import IMAGES, NAMES, batch, observe, small
+from tests.test_contract import IMAGES, NAMES, batch, observe, small, task_of
 
 MATCHING = [name for name in NAMES if small(name).matching_objective(observe(small(name), "gradient", n=1)) is not None]
 UNROLLED = sorted(set(MATCHING) - {"ig_single"})  # which models an update otherwise than the client
 ROUNDING = 1e-6  # of float32, relative
 
 DETERMINISTIC = ["none", "clip(bound=0.01)"]
-MEAN = torch.full(IMAGES.domain.shape, 0.5)
+
+
+def mean_of(task: Task) -> torch.Tensor:
+    return task.domain.project(torch.full((1, *task.domain.shape), 0.5))[0]
 
 
 def found(name: str, kind: str, recipe: Recipe | None = None, n: int = 2) -> Objectives:
     """The objectives of an attack that answers with noise."""
     attack = small(name)
-    answer = batch(n, seed=9)
+    task = task_of(attack)
+    answer = batch(n, 9, task)
     observation = observe(attack, kind, n, local=recipe)
-    values = objectives(attack, observation, batch(n, seed=1), Reconstruction(*answer), MEAN)
+    values = objectives(attack, observation, batch(n, 1, task), Reconstruction(*answer), mean_of(task))
     assert values is not None
     return values
 
@@ -69,7 +73,7 @@ def test_a_wrong_belief_shows_at_the_truth() -> None:
     attack = small("dlg")
     observation = observe(attack, "delta", local=Recipe(2, 4, lr=0.05))
     object.__setattr__(observation, "recipe", Recipe(2, 4, lr=0.5))
-    values = objectives(attack, observation, batch(2, seed=1), Reconstruction(*batch(2, seed=1)), MEAN)
+    values = objectives(attack, observation, batch(2, seed=1), Reconstruction(*batch(2, seed=1)), mean_of(IMAGES))
     assert values is not None and values.truth is not None
     assert values.truth > 1e-3
     assert values.truth == values.answer
@@ -78,7 +82,9 @@ def test_a_wrong_belief_shows_at_the_truth() -> None:
 def test_objectives_of_another_number_of_examples_do_not_exist() -> None:
     attack = small("dlg")
     observation = observe(attack, "gradient", n=2)
-    values = objectives(attack, observation, batch(3, seed=1), Reconstruction(batch(1, seed=0).examples), MEAN)
+    values = objectives(
+        attack, observation, batch(3, seed=1), Reconstruction(batch(1, seed=0).examples), mean_of(IMAGES)
+    )
     assert values == Objectives(None, None, None)
 
 
