@@ -43,6 +43,7 @@ class FGLA(Attack):
     threat = "honest-but-curious"
     requires = frozenset({"public"})
     infers_labels = True
+    trains = True
     kinds = frozenset({"continuous"})
     paper = {
         "refinements": (0, "as published"),

@@ -36,6 +36,7 @@ class LearningToInvert(Attack):
 
     citation = "Wu, Chen, Guo, Weinberger: Learning to Invert. UAI 2023"
     link = "https://arxiv.org/abs/2210.10880"
+    trains = True
     threat = "honest-but-curious"
     requires = frozenset({"public"})
     returns_labels = False

@@ -182,7 +182,7 @@ def _attacks(entries: Sequence[Mapping[str, Any]]) -> Iterator[str | Table | Poi
                 "-" if summary is None else f"{e['recovered']:.0%} of {summary['images']}",
                 "-" if summary is None or summary["psnr"] is None else f"{summary['psnr']['mean']:.1f}",
                 "-" if summary is None else number(summary["label_accuracy"]),
-                f"{number(e['mismatch'], 4)} ({number(e['mismatch_at_truth'], 4)})",
+                f"{small(e['mismatch'])} ({small(e['mismatch_at_truth'])})",
                 e.get("verdict") or "not scored",
                 changed,
                 f"{e['seconds']:.0f}",
@@ -233,6 +233,11 @@ def _identified(entry: Mapping[str, Any]) -> tuple[str, ...]:
 def number(value: float | None, digits: int = 2) -> str:
     """A value with so many digits; a dash for none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def small(value: float | None) -> str:
+    """A value that may be close to zero, with two digits; a dash for none."""
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _value(value: Any) -> str:

@@ -40,7 +40,7 @@ from utils.files import digest, write_bytes, write_json
 from utils.flags import FlagError, Parser, add_flags, given
 
 # what does not apply to an audit, which runs several attacks once, in this process
-NOT_HERE = ("sweep", "paper", "force", "backend", "jobs")
+NOT_HERE = ("sweep", "paper", "force", "backend", "jobs", "accumulate")
 NOISE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # standard deviations of the settings that are tried as a recommendation
 
 

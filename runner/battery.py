@@ -4,9 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import signal
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -80,6 +83,25 @@ class Outcome:
         return statistics.fmean(is_recovered(row) for row in self.rows) if self.rows else 0.0
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise _OutOfTime after so many seconds, even in code that reports no progress; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _OutOfTime("stopped when its time was over")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Battery:
     """The attacks that apply to a subject, with one clock for all of them."""
 
@@ -124,8 +146,8 @@ class Battery:
             return f"assumes a server that the audit does not: {attack.threat}"
         if subject.one_step and attack.name in SAME_ON_ONE_STEP:
             return "is ig_single on an update of one step"
-        if hasattr(attack, "generator_steps") and not self.flags.attacks:
-            return "trains a generator first: name it in `attacks`"
+        if attack.trains and not self.flags.attacks:
+            return "trains a network first: name it in `attacks`"
         return None
 
     def _refused(self, attack: Attack) -> str | None:
@@ -193,7 +215,7 @@ class Battery:
             if time.monotonic() > deadline:
                 raise _OutOfTime(f"stopped at iteration {iteration} of {total}, when its time was over")
 
-        with tracking(Tracker(on_progress)):
+        with time_limit(deadline - time.monotonic()), tracking(Tracker(on_progress)):
             found = attack.reconstruct(job.observation, stream(self.flags.seed, seed, job.index))
         return detached(attack, found, self.subject.task)
 

@@ -75,8 +75,17 @@ class Experiment:
         self.attack.check(self.model, self.task, recipe, self.source.kind, count)
         if getattr(flags, "accumulate", False):
             self._check_accumulation(recipe, count)
+        if getattr(flags, "engine", "own") == "flower":
+            self._check_flower()
         if flags.public == "none" and "public" in self.attack.requirements():
             raise UsageError(f"{command.attack_name} needs public images, and `public=none` withholds them")
+
+    def _check_flower(self) -> None:
+        """Raise UsageError for what Flower's rounds cannot do: several queries, and clients that remember."""
+        if type(self.attack).interrogate is not Attack.interrogate:
+            raise UsageError(f"{self.command.attack_name} asks the same clients several times: leave out `engine`")
+        if any(type(step).for_client is not Defense.for_client for step in parse_defense(self.flags.defense).steps):
+            raise UsageError(f"`defense={self.defense}` stores something in each client: leave out `engine`")
 
     def _check_accumulation(self, recipe: Recipe, count: int) -> None:
         """Raise UsageError where updates of several rounds cannot be matched together."""

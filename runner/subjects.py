@@ -79,7 +79,7 @@ def subject_of(flags: Any) -> Subject:
 
 def simulated(flags: Any) -> Subject:
     """Clients of a simulated federation, which hold the private images of a data set."""
-    rounds = flags.rounds or -(-flags.trials // flags.clients)
+    rounds = flags.rounds or max(flags.attack_rounds, default=-(-flags.trials // flags.clients))
     flags = dataclasses.replace(flags, rounds=rounds, loss=absolute(flags.loss))
     if flags.kind == "gradient":
         flags = dataclasses.replace(flags, batch_size=flags.batch_size or flags.client_images or 1)

@@ -19,7 +19,7 @@ from federated.simulation import GradientSource
 from report.page import images
 from runner import battery as battery_module
 from runner import cli
-from runner.battery import Battery
+from runner.battery import THREATS, Battery
 from runner.experiment import Experiment
 from runner.flags import Grad
 from runner.sources import gradient_source
@@ -100,6 +100,15 @@ def test_the_threshold_decides_the_exit_code(tmp_path: Path, monkeypatch: pytest
     assert audited(tmp_path)["verdict"]["light"] == "amber"
 
 
+def test_one_client_is_followed_over_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model", "fc2", "--trials", "2", *TINY, "--attacks", "analytic", "--clients", "2", "--verdict-only"]
+    flags += ["--attack-rounds", "1", "3", "--out", str(tmp_path)]
+    assert in_process("main_audit.py", flags, monkeypatch) == 1
+    (path,) = tmp_path.glob("audit/*/rows.json")
+    assert [(row["round"], row["client"]) for row in json.loads(path.read_text())] == [(0, 0), (2, 0)]
+    assert "Leakage over rounds" in (path.parent / "report.html").read_text()
+
+
 def test_a_check_that_checked_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--model", "cnn", "--trials", "1", *TINY, "--attacks", "analytic", "--out", str(tmp_path)]
     assert in_process("main_audit.py", flags, monkeypatch) == 1
@@ -137,6 +146,29 @@ def test_the_time_limit_shortens_an_attack_and_then_leaves_it_out(monkeypatch: p
     assert outcome.status == "out of time"
     assert "20 iterations need" in outcome.reason or "when its time was over" in outcome.reason
     assert battery.run(shorter, jobs, 1e5).status == "ran"
+
+
+def test_an_attack_that_reports_no_progress_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = Audit(model="fc2", kind="gradient", trials=1, image_size=16, device="cpu", attacks=("analytic",))
+    battery = Battery(flags, subject_of(flags))
+
+    def endless(self: Any, observation: Any, rng: Any) -> Any:
+        while True:
+            torch.ones(8).sum()
+
+    monkeypatch.setattr(ATTACKS["analytic"], "reconstruct", endless)
+    attack = ATTACKS["analytic"]()
+    outcome = battery.run(attack, battery._jobs(attack), 0.1)
+    assert (outcome.status, outcome.reason) == ("out of time", "stopped when its time was over")
+
+
+def test_attacks_that_train_run_on_request_alone() -> None:
+    flags = Audit(model="fc2", kind="gradient", trials=1, image_size=16, device="cpu")
+    battery = Battery(flags, subject_of(flags))
+    trained = [name for name, cls in ATTACKS.items() if cls.trains]
+    assert {"lti", "ggl", "gias"} <= set(trained)
+    for name in trained:
+        assert "trains a network" in (battery._left_out(ATTACKS[name](), THREATS) or "")
 
 
 def test_an_attack_that_breaks_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ class LatentInversion(Attack):
     """z* = argmin_z D(g(G(z, y)), g*) + r R(z), by Adam, or without gradients by CMA-ES."""
 
     threat = "honest-but-curious"
+    trains = True
     requires = frozenset({"public", "double_backward"})
     example_model = "cnn"
     supports_adam = True

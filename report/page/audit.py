@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from evaluation.summary import RECOVERED_PSNR
-from report.audit import Points, Result, Section, Table, exit_line, sections
+from report.audit import Points, Result, Section, Table, exit_line, sections, small
 from report.page.article import pair_figure
 from report.page.charts import Chart, Point, Series, exact
 from report.page.images import Pair
@@ -59,11 +59,11 @@ def _body(
     yield from _shots(result, shots)
     for name in ("worst", "agreement", "attacks", "proof", "advice"):
         if name in found:
-            charts = {"worst": _records_chart(rows), "advice": _advice_chart(result)}.get(name)
-            yield from _section(found[name], charts)
+            charts = {"worst": [_records_chart(rows), _rounds_chart(rows)], "advice": [_advice_chart(result)]}
+            yield from _section(found[name], charts.get(name, ()))
     yield from _repeat(result)
     for name in ("scope", "lights", "meaning"):
-        yield from _section(found[name], None)
+        yield from _section(found[name], ())
     yield "</main>"
     yield lightbox()
 
@@ -129,7 +129,7 @@ def _shots(result: Result, shots: Mapping[str, Sequence[str]]) -> Iterator[str]:
     yield "explains the update; 0 is an exact explanation. What independent attacks agree on is in the update.</p>"
     for name in sorted(shots, key=mismatch):
         found, uris = entries[name]["mismatch"], shots[name]
-        explained = "" if found is None else f", mismatch {found:.4f}"
+        explained = "" if found is None else f", mismatch {small(found)}"
         more = f", {SHOTS} of {len(uris)}" if len(uris) > SHOTS else ""
         yield f"<h4>{escape(name)}{explained}{more}</h4>"
         yield '<div class="shots">'
@@ -139,7 +139,7 @@ def _shots(result: Result, shots: Mapping[str, Sequence[str]]) -> Iterator[str]:
     yield "</section>"
 
 
-def _section(section: Section, chart: Chart | None) -> Iterator[str]:
+def _section(section: Section, charts: Sequence[Chart | None]) -> Iterator[str]:
     name = section.name
     yield f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(section.title)}</h2>'
     for block in section.blocks:
@@ -149,8 +149,8 @@ def _section(section: Section, chart: Chart | None) -> Iterator[str]:
             yield from _table(block, section.title)
         else:
             yield f"<p>{_inline(block)}</p>"
-    if chart is not None:
-        yield f'<div class="charts">{chart.html()}</div>'
+    if any(charts):
+        yield f'<div class="charts">{"".join(chart.html() for chart in charts if chart)}</div>'
     yield "</section>"
 
 
@@ -192,6 +192,27 @@ def _records_chart(rows: Sequence[Row]) -> Chart | None:
     series = [Series("null of the same record", null, None, "dots"), Series("reconstruction", own, 1, "dots")]
     line = [(RECOVERED_PSNR, f"recovered: {RECOVERED_PSNR:g} dB")]
     return Chart("PSNR of every record, strongest attack", "records, most exposed first", "PSNR (dB)", series, line)
+
+
+def _rounds_chart(rows: Sequence[Row]) -> Chart | None:
+    """The mean PSNR of the strongest attack over the rounds of training, beside the null; None for a single round."""
+    by_round: dict[int, list[Row]] = {}
+    for row in rows:
+        if isinstance(row.get("round"), int):
+            by_round.setdefault(row["round"], []).append(row)
+    if len(by_round) < 2:
+        return None
+    series = []
+    for key, name, color, look in (("null_psnr", "null", None, "dashed"), ("psnr", "reconstruction", 1, "line")):
+        points = []
+        for number, found in sorted(by_round.items()):
+            values = [row[key] for row in found if row.get(key) is not None]
+            if values:
+                mean = sum(values) / len(values)
+                text = f"round {number + 1}: {exact(mean)} dB, {len(values)} records"
+                points.append(Point(number + 1, mean, text))
+        series.append(Series(name, points, color, look))
+    return Chart("Leakage over rounds, strongest attack", "round", "mean PSNR (dB)", series)
 
 
 def _advice_chart(result: Result) -> Chart | None:
