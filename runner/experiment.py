@@ -22,7 +22,7 @@ from core.paths import ROOT
 from core.protocol import Batch, Observation, Recipe
 from core.references import source_file
 from core.rng import stream
-from defenses.base import canonical
+from defenses.base import Defense, canonical
 from defenses.base import parse as parse_defense
 from federated.server import accuracy, pretrain
 from federated.simulation import Session, Source, Trial
