@@ -60,8 +60,10 @@ class FGLA(Attack):
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
         head = head_layer(model)
-        if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != task.num_classes:
+        *_, last = model.parameters()
+        if not isinstance(head, nn.Linear) or head.bias is not last or head.out_features != task.num_classes:
             raise UsageError("fgla divides by the head's bias gradient, and this model has no linear head with a bias")
+        head_gradient(tuple(model.parameters()), task.num_classes)
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         gradient = mean_gradient(observation, observation.update.ordered(observation.model))
