@@ -62,7 +62,7 @@ def test_images_are_closer_than_the_mean_and_the_generator_is_trained_once(
 ) -> None:
     monkeypatch.setenv("CHECKPOINTS", str(tmp_path))
     net, public = network(), Batch(smooth_pictures(128, 8, 5), torch.arange(128) % 10)
-    attack, labels = ATTACKS["fgla"](steps=250, batch=16, channels=4, lr=1e-2), torch.tensor([1, 4, 7])
+    attack, labels = ATTACKS["fgla"](steps=400, batch=32, channels=8), torch.tensor([1, 4, 7])
     mean, gains, wrong = public.examples.mean(0), [], []
     for seed in range(2):
         truth, other = (Batch(smooth_pictures(3, 8, s), labels) for s in (60 + seed, 80 + seed))
@@ -72,8 +72,8 @@ def test_images_are_closer_than_the_mean_and_the_generator_is_trained_once(
         gains += [psnr(t, e) - psnr(t, mean) for t, e in zip(truth.examples, rec.examples, strict=True)]
         wrong += [psnr(t, e) - psnr(t, mean) for t, e in zip(other.examples, rec.examples, strict=True)]
         monkeypatch.setattr(fgla.FGLA, "train", None)  # what is trained already is loaded
-    assert min(gains) > 0
-    assert sum(wrong) < 0
+    assert sum(gains) / 6 > 1
+    assert sum(wrong) / 6 < 0
     assert len(list(tmp_path.glob("fgla-*/network.safetensors"))) == 1
 
 
