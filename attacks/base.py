@@ -47,6 +47,7 @@ class Attack(ABC):
     returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
     kinds: ClassVar[frozenset[DomainKind]] = frozenset({"continuous", "tabular"})  # of examples that it reconstructs
     isolates: ClassVar[bool] = False  # seeks the examples of the first client of a sum alone
+    singles_out: ClassVar[bool] = False  # seeks the one example that evaluation/bounds.py finds behind the update
     example_model: ClassVar[str] = "lenet"  # a model of the zoo it applies to
 
     def needs_workers(self) -> bool:
@@ -88,6 +89,15 @@ class Attack(ABC):
         An honest server sends everybody the same.
         """
         return model
+
+    def interrogate(
+        self, model: nn.Module, ask: Callable[[nn.Module], Update], task: Task, recipe: Recipe
+    ) -> tuple[nn.Module, Update]:
+        """The model and the update to attack. `ask(model)` is the clients' update for a model, from the same examples.
+
+        `model` is what `implant` returned. An honest server asks once. Both may be made of several answers.
+        """
+        return model, ask(model)
 
     def prepare(self, task: Task, public: Batch, metadata: Mapping[str, Any]) -> None:
         """Make or find what all trials share and what takes long, such as a trained generator.

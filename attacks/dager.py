@@ -13,6 +13,7 @@ what is much farther than the B-th nearest is dropped: local steps and noise lif
 The last token of a sentence enters no loss of a language model: it has no gradient in these layers.
 """
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from attacks.base import Attack, register
 from attacks.text.search import Rules, decode, distinct, encode, token_candidates
-from attacks.text.spans import Probe, Span, row_space
+from attacks.text.spans import Probe, Span, adapter_of, row_space
 from core.domain import UNKNOWN, TextDomain
 from core.errors import UsageError
 from core.hyperparameters import hp
@@ -66,7 +67,13 @@ class Dager(Attack):
         super().check(model, task, recipe, kind, num_examples)
         if recipe.model_mode == "train" and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
             raise UsageError("dager needs hidden states without dropout: choose `model_mode=eval`")
-        width, tokens = attention_layers(model)[0].in_features, num_examples * _tokens(task, recipe)
+        layer, tokens = attention_layers(model)[0], num_examples * _tokens(task, recipe)
+        width, adapter = layer.in_features, adapter_of(model, layer)
+        if adapter is not None and tokens >= len(adapter.a):
+            raise UsageError(
+                f"dager: {num_examples} sentences have {tokens} tokens with a gradient, and adapters of rank "
+                f"{len(adapter.a)} show no more dimensions: lower `batch_size` or `tokens`, or raise `width`"
+            )
         if tokens >= width:
             raise UsageError(
                 f"dager: {num_examples} sentences have {tokens} tokens with a gradient, and these span all {width} "
@@ -105,21 +112,37 @@ class Dager(Attack):
         tensors = dict(
             zip((id(p) for p in observation.model.parameters()), update.ordered(observation.model), strict=True)
         )
-        width, tokens = layers[0].in_features, update.num_examples * _tokens(observation.task, recipe)
+        tokens = update.num_examples * _tokens(observation.task, recipe)
         noise = parse(recipe.defense).counter().noise  # None: of unknown size
         exact = noise == 0 and (update.kind == "gradient" or recipe.steps(update.num_examples) == 1)
-        most = min(tokens, width - 1) if exact else max(1, min(tokens + self.extra_rank, width - SPARE))
         found = []
         for layer in layers:
-            gradient, weight = tensors[id(layer.weight)], layer.weight.detach()
+            weight, projection = _trained(observation.model, layer)
+            width = weight.shape[1]
+            most = min(tokens, width - 1) if exact else max(1, min(tokens + self.extra_rank, width - SPARE))
             rounding = _rounding(weight, recipe.steps(update.num_examples)) if update.kind == "delta" else 0.0
-            found.append(row_space(gradient.cpu(), most, self.rank_tolerance, math.hypot(noise or 0.0, rounding)))
+            size = math.hypot(noise or 0.0, rounding)
+            span = row_space(tensors[id(weight)].cpu(), most, self.rank_tolerance, size)
+            found.append(dataclasses.replace(span, projection=projection))
         return found
+
+
+def _trained(model: nn.Module, layer: nn.Linear) -> tuple[nn.Parameter, Tensor | None]:
+    """The weight of a layer that is trained, and what its rows see of the layer's inputs: None for all.
+
+    With an adapter B A, dL/dA = B^T (dL/dZ)^T X; while B is zero, only dL/dB = (dL/dZ)^T (X A^T) is not.
+    """
+    adapter = adapter_of(model, layer)
+    if adapter is None:
+        return layer.weight, None
+    if adapter.b.any():
+        return adapter.a, None
+    return adapter.b, adapter.a.detach().double().cpu()
 
 
 def _rounding(weight: Tensor, steps: int) -> float:
     """The standard deviation of the rounding error of a difference of weights after so many steps."""
-    return float(weight.abs().mean()) * torch.finfo(weight.dtype).eps * math.sqrt(steps / 12)
+    return float(weight.detach().abs().mean()) * torch.finfo(weight.dtype).eps * math.sqrt(steps / 12)
 
 
 def _is_causal(recipe: Recipe) -> bool:

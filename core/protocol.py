@@ -220,7 +220,7 @@ class Reconstruction:
     trace: the attack's own objective over its iterations, never a metric against the truth. status: "diverged" if no
     run of the optimiser stayed finite and made progress; such a reconstruction is scored all the same. sources: unmixed
     examples before sign, scale and offset are resolved, in the units of the model's input; they are scored separately,
-    by an oracle metric.
+    by an oracle metric. certainty: the probability that each cell of a table is right, by the attack itself.
     """
 
     examples: Tensor  # (M, *shape), valid in the domain
@@ -230,6 +230,7 @@ class Reconstruction:
     restarts: int = 0
     status: Literal["ok", "diverged"] = "ok"
     sources: Tensor | None = None  # (M, *shape)
+    certainty: Tensor | None = None  # (M, columns), in [0, 1]
 
     @property
     def images(self) -> Tensor:

@@ -68,6 +68,19 @@ def _alone_in_a_bin(attack: Any, model: nn.Module, task: Task, examples: Tensor)
     return alone & (bins == 0) if attack.one_shot else alone
 
 
+@MASKS.register("fishing")
+def _fished(attack: Attack, model: nn.Module, task: Task, examples: Tensor) -> Tensor:
+    """The one example whose projection s is that of the gradient that is left, if there is one."""
+    from models.implants.fishing import isolated, projections
+
+    s = projections(model, task.domain.to_model(examples))
+    nearest = (s - isolated(model)).abs()
+    mask = torch.zeros(len(s), dtype=torch.bool)
+    if not nearest.isnan().any():
+        mask[nearest.argmin()] = True
+    return mask
+
+
 @SEARCH_SPACES.register("ggl")
 def _generator_range(attack: Any, task: Task, public: Batch, truth: Batch) -> Tensor:
     """The best examples in the range of the attack's generator."""

@@ -5,6 +5,7 @@ right for a quarter of its cells. A category is right if it is the true one. Rec
 records one to one, for the most cells right (Hungarian algorithm). docs/tables.md has the equations.
 """
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -26,6 +27,7 @@ from evaluation.scoring import SCORINGS, Scoring
 from evaluation.summary import QUANTILES, identified_share, quantiles, thin, unit_kind, unit_of
 
 TOLERANCE = 0.319  # standard deviations
+GROUPS = 10  # of cells by certainty, for its calibration
 MOST = 0.9  # share of cells from which on a record counts as recovered
 
 Row = Mapping[str, Any]
@@ -51,8 +53,9 @@ def score_records(
     domain, baselines = context.task.domain, context.baselines
     assert isinstance(domain, TabularDomain), domain
     truth, x = truth.to("cpu"), truth.examples.cpu()
-    valid = rec.examples.cpu()[torch.isfinite(rec.examples.cpu()).all(1)]
-    guesses = domain.project(valid)
+    finite = torch.isfinite(rec.examples.cpu()).all(1)
+    guesses = domain.project(rec.examples.cpu()[finite])
+    certainty = None if rec.certainty is None else rec.certainty.cpu()[finite]
     pairs = _pair(domain, x, guesses)
     typical = baselines.mean_example
     missing = domain.middle(x) if typical is None else typical
@@ -84,6 +87,8 @@ def score_records(
                 "class_baseline_cells_right": class_guess,
             }
         )
+        if certainty is not None and pairs[i] is not None:
+            rows[-1]["certainty"] = [round(p, 4) for p in certainty[pairs[i]].tolist()]
     record: dict[str, Any] = {
         "iterations": rec.iterations,
         "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
@@ -172,6 +177,7 @@ def summarize_records(rows: Sequence[Row], trials: Sequence[Row], thresholds: Se
         "cells_right_quantiles": quantiles([r["cells_right"] for r in rows], QUANTILES) if rows else None,
         "columns_right": columns("cells") if rows else None,
         "baseline_columns_right": columns("baseline_cells") if rows else None,
+        "surest": _surest(rows),
         "records": found,
         "exact": recovered(1.0),
         "success_rate": None if found is None else found["share"],
@@ -195,6 +201,30 @@ def summarize_records(rows: Sequence[Row], trials: Sequence[Row], thresholds: Se
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),
     }
+
+
+def _surest(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """How well the attack's own certainty tells which cells are right; None if it has none.
+
+    right: the share of right cells among the surest quarter, least: among the least sure one. claimed: what the attack
+    expects of the surest quarter. error: mean difference between claimed and right over ten groups of equal size.
+    """
+    pairs = [
+        (p, hit) for r in rows if "certainty" in r for p, hit in zip(r["certainty"], r["cells"], strict=True)
+    ]  # of all cells
+    if len(pairs) < GROUPS:
+        return None
+    pairs.sort(key=lambda pair: -pair[0])
+    quarter = len(pairs) // 4
+
+    def means(part: Sequence[tuple[float, int]]) -> tuple[float, float]:
+        return statistics.fmean(p for p, _ in part), statistics.fmean(hit for _, hit in part)
+
+    ends = [round(len(pairs) * g / GROUPS) for g in range(GROUPS + 1)]
+    errors = [abs(a - b) for a, b in (means(pairs[i:j]) for i, j in itertools.pairwise(ends))]
+    claimed, right = means(pairs[:quarter])
+    least = means(pairs[-quarter:])[1]
+    return {"right": right, "claimed": claimed, "least": least, "error": statistics.fmean(errors)}
 
 
 SCORINGS.add("table", Scoring(score_records, summarize_records, "cells_right", "cells right"))

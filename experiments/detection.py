@@ -35,6 +35,8 @@ MALICIOUS: dict[str, list[dict[str, object]]] = {
         {"weight_init": "trap", "bias": "quantile"},
         {"weight_init": "white", "bias": "quantile"},
     ],
+    "fishing": [{}],
+    "loki": [{"slots": 4}],
 }
 
 

@@ -29,7 +29,8 @@ STORED = ROOT / "docs" / "results.json"
 STORED_KEYS = (  # entries of summary.json that a table may show
     *("attack", "dataset", "model", "images", "units", "psnr", "null", "over_null", "over_class_mean", "recovered"),
     *("identified", "label_accuracy", "status", "objective", "seconds", "verdict", "oracle_floor_psnr"),
-    "companion_psnr",
+    *("companion_psnr", "exact", "token_accuracy", "bag_recall", "cells_right", "surest", "domain", "records"),
+    *("baseline_token_accuracy", "baseline_bag_recall", "baseline_cells_right", "class_baseline_cells_right"),
 )
 
 REPORTING = ("--victims", "reporting")  # no default was chosen on them
@@ -46,6 +47,18 @@ def _objective(summary: Row) -> str:
     if found is None:
         return "-"
     return " / ".join("-" if found[place] is None else f"{found[place]:.0e}" for place in ("answer", "truth"))
+
+
+def _right(summary: Row, key: str) -> str:
+    """A share of tokens or cells, with its interval, and what mean and mode score."""
+    found, by_mode = summary[key], summary[f"baseline_{key}"]
+    text = f"{found['mean']:.2f}"
+    text += "" if found.get("low") is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{text}; mode {number(by_mode)}"
+
+
+def _surest(found: Row | None) -> str:
+    return "-" if found is None else f"{found['right']:.2f} ({found['claimed']:.2f}), {found['least']:.2f}"
 
 
 def _null(row: Row) -> str:
@@ -87,6 +100,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "objective": ("objective: answer / truth", lambda row: _objective(row["summary"])),
     "oracle": ("oracle projection dB", lambda row: number(row["summary"].get("oracle_floor_psnr"), 1)),
     "comparison": ("`ig_single` dB", lambda row: number(row["summary"].get("companion_psnr"), 1)),
+    "exact": ("exact", lambda row: share(row["summary"]["exact"])),
+    "tokens": ("tokens right", lambda row: _right(row["summary"], "token_accuracy")),
+    "bag": ("bag of words", lambda row: _right(row["summary"], "bag_recall")),
+    "cells": ("cells right", lambda row: _right(row["summary"], "cells_right")),
+    "class_cells": ("of the class", lambda row: number(row["summary"]["class_baseline_cells_right"])),
+    "surest": ("surest quarter (claimed), least sure", lambda row: _surest(row["summary"].get("surest"))),
     "verdict": ("verdict", lambda row: row["summary"]["verdict"] or "-"),
     "seconds": ("s / update", lambda row: f"{row['summary']['seconds'] / sum(row['summary']['status'].values()):.1f}"),
 }
@@ -221,6 +240,63 @@ TABLES = {
             Command("grad/ggl.sh", "--defense clip=0.3 --comparison-iterations 0", 50, 8),
             Command("grad/ggl.sh", "--pretrain-epochs 20", 50, 8),
             Command("grad/gias.sh", "--comparison-iterations 0", 20, None),
+        ),
+    ),
+    "sentences": Table(
+        "docs/text.md",
+        ("command", "network", "images", "exact", "tokens", "bag", "status", "seconds"),
+        "",
+        (
+            Command("grad/dager.sh", "", 20, 20),
+            Command("grad/dager.sh", "--batch-size 8", 10, 5),
+            Command("grad/dager.sh", "--batch-size 16 --width 256", 5, 2),
+            Command("grad/dager.sh", "--model gpt_tied", 20, 5),
+            Command("grad/dager.sh", "--model bert --batch-size 1", 20, 10),
+            Command("grad/dager.sh", "--model bert --batch-size 2", 20, 10),
+            Command("grad/dager.sh", "--model gpt_lora", 20, 5),
+            Command("grad/dager.sh", "--model gpt_lora --pretrain-epochs 1", 20, 5),
+            Command("fed/dager.sh", "--local-lr 0.001", 10, 5),
+            Command("fed/dager.sh", "--local-lr 0.01", 10, 5),
+            Command("grad/dager.sh", "--batch-size 2 --defense gauss=0.00001", 20, 5),
+            Command("grad/dager.sh", "--batch-size 2 --defense gauss=0.0001", 20, 5),
+            Command("grad/dager.sh", "--batch-size 2 --defense gauss=0.001", 20, 5),
+        ),
+    ),
+    "records": Table(
+        "docs/tables.md",
+        ("command", "network", "images", "cells", "class_cells", "surest", "identified", "status", "seconds"),
+        "",
+        (
+            Command("grad/spear.sh", "--dataset photostats --batch-size 8", 10, 5),
+            Command("grad/cpa.sh", "--dataset photostats --batch-size 8", 10, 5),
+            Command("grad/tableak.sh", "--batch-size 8", 10, 3),
+            Command("grad/tableak.sh", "", 9, 3),
+        ),
+    ),
+    "sums": Table(
+        "docs/aggregation.md",
+        ("command", "network", "images", "psnr", "over_null", "recovered", "identified", "status"),
+        "",
+        (
+            *(
+                Command(f"grad/{name}.sh", f"{flags} --aggregate {clients}", trials, quick)
+                for name, flags, trials, quick in (
+                    ("analytic", "--model fc2 --batch-size 1", 9, 9),
+                    ("spear", "--model fc2 --batch-size 1", 9, 3),
+                    ("cpa", "--model fc2 --batch-size 1", 9, 3),
+                    ("dlg", "--batch-size 1 --iterations 100", 9, 3),
+                    ("ig_single", "--model lenet --batch-size 1", 9, 3),
+                    ("rtf", "--batch-size 1", 9, 9),
+                )
+                for clients in (1, 4, 16)
+            ),
+            Command("grad/suppress.sh", "", 9, 4),
+            Command("grad/fishing.sh", "", 9, 9),
+            Command("grad/fishing.sh", "--aggregate 4", 2, 2),
+            Command("grad/rtf.sh", "--batch-size 16", 18, 18),
+            Command("grad/rtf.sh", "--batch-size 16 --aggregate 10", 1, 1),
+            Command("grad/loki.sh", "", 1, 1),
+            Command("grad/loki.sh", "--dataset leaves --trials 2", 2, 2),
         ),
     ),
     "mode": Table(

@@ -4,10 +4,12 @@ A source yields what a server receives, as a `Trial`. A `Trial` also holds the t
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +39,14 @@ class Trial:
     aggregate: int = 1  # number of clients whose weighted mean the update is
 
 
+Ask = Callable[[nn.Module], Update]  # a model -> the update of the same clients from the same examples
+
+
+def ask_once(model: nn.Module, ask: Ask, task: Task, recipe: Recipe) -> tuple[nn.Module, Update]:
+    """What an honest server does: `model` and the update for it."""
+    return model, ask(model)
+
+
 @dataclass
 class Session:
     """What a source works on: the model, the place of its data, and the server's part of each broadcast."""
@@ -48,6 +58,7 @@ class Session:
     on_broadcast: Callable[[nn.Module, Recipe], nn.Module]  # the model that the server sends with a recipe
     personalize: Callable[[nn.Module, int], nn.Module] = lambda model, client: model  # what client k of a sum receives
     isolates: bool = False  # whether the first client of a sum is the only one whose examples are sought
+    interrogate: Callable[[nn.Module, Ask, Task, Recipe], tuple[nn.Module, Update]] = ask_once
     on_round: Callable[[dict[str, Any]], None] = lambda record: None  # loss and learning rate at the end of a round
     on_client: Callable[[int, int, int], None] = lambda number, trained, clients: None  # round, clients trained, of all
 
@@ -77,15 +88,16 @@ def summed(updates: Sequence[Update]) -> Update:
 
 
 def _trial_of_sum(
-    index: int, session: Session, recipe: Recipe, updates: Sequence[Update], batches: Sequence[Batch], **about: Any
+    index: int, session: Session, recipe: Recipe, ask: Ask, batches: Sequence[Batch], **about: Any
 ) -> Trial:
     """The trial whose update is a sum, with the truth that the attack seeks: of all clients, or of the first alone."""
-    clients = len(updates)
+    clients = len(batches)
     if clients > 1:
         recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size * clients)
     sought = batches[:1] if session.isolates else batches
     truth = Batch(torch.cat([b.examples for b in sought]), torch.cat([b.labels for b in sought]))
-    return Trial(index, session.model, recipe, summed(updates), truth, aggregate=clients, **about)
+    model, update = session.interrogate(session.model, ask, session.task, recipe)
+    return Trial(index, model, recipe, update, truth, aggregate=clients, **about)
 
 
 class Source(Protocol):
@@ -130,16 +142,27 @@ class GradientSource:
     def trials(self, session: Session) -> Iterator[Trial]:
         session.broadcast(self.recipe)
         for index, together in enumerate(self.victims(session.seed).split(self.num_examples)):
-            updates, batches = [], []
-            for client, chosen in enumerate(together.split(self.recipe.batch_size)):
-                truth = self.private.take(chosen).to(session.device)
-                rng = stream(session.seed, "client", index, *([client] if client else []))
-                received = session.personalize(session.model, client)
-                updates.append(gradient(received, truth, session.task, self.recipe, rng))
-                batches.append(truth)
-            sought = together[: self.recipe.batch_size] if session.isolates else together
-            names = self.private.names_at(sought)
-            yield _trial_of_sum(index, session, self.recipe, updates, batches, names=names)
+            parts = together.split(self.recipe.batch_size)
+            batches = [self.private.take(chosen).to(session.device) for chosen in parts]
+            ask = partial(self._answer, session, batches, index, itertools.count())
+            names = self.private.names_at(parts[0] if session.isolates else together)
+            yield _trial_of_sum(index, session, self.recipe, ask, batches, names=names)
+
+    def _answer(
+        self, session: Session, batches: Sequence[Batch], index: int, queries: Iterator[int], model: nn.Module
+    ) -> Update:
+        """What the clients of a trial send for a model; each query has random numbers of its own."""
+        updates, query = [], next(queries)
+        for client, truth in enumerate(batches):
+            rng = stream(session.seed, "client", index, *_place(client, query))
+            received = session.personalize(model, client)
+            updates.append(gradient(received, truth, session.task, self.recipe, rng))
+        return summed(updates)
+
+
+def _place(client: int, query: int) -> tuple[int, ...]:
+    """A client's stream of random numbers; it does not depend on how many clients or queries there are."""
+    return (client, query) if query else (client,) if client else ()
 
 
 @dataclass(frozen=True)
@@ -253,7 +276,9 @@ class FedAvgSource:
                     attacked[client] += 1
                     origin = {"round": number, "client": client}
                     names = self.private.names_at(self.parts[client])
-                    yield Trial(index, session.model, recipe, update, truth, origin, names)
+                    ask = self._ask(session, recipe, number, [client], update)
+                    model, update = session.interrogate(session.model, ask, session.task, recipe)
+                    yield Trial(index, model, recipe, update, truth, origin, names)
                     index += 1
             if self.aggregate > 1 and targets:
                 attacked[chosen[0]] += 1
@@ -261,12 +286,30 @@ class FedAvgSource:
                 sought = chosen[:1] if session.isolates else chosen
                 names = self.private.names_at(torch.cat([self.parts[k] for k in sought]))
                 origin = {"round": number, "client": chosen[0]} if session.isolates else {"round": number}
-                yield _trial_of_sum(index, session, recipe, updates, batches, origin=origin, names=names)
+                ask = self._ask(session, recipe, number, chosen, summed(updates))
+                yield _trial_of_sum(index, session, recipe, ask, batches, origin=origin, names=names)
                 index += 1
             aggregate(session.model, defense.on_aggregate(updates))
             mean_loss = sum(losses) / len(losses)
             finite = mean_loss if math.isfinite(mean_loss) else None  # None: local training diverged
             session.on_round({"round": number, "loss": finite, "lr": recipe.lr})
+
+    def _ask(self, session: Session, recipe: Recipe, number: int, clients: Sequence[int], first: Update) -> Ask:
+        """What these clients send for a model: `first` for the broadcast one, and other queries are trained anew."""
+        queries = itertools.count(1)
+
+        def ask(model: nn.Module) -> Update:
+            if model is session.model:
+                return first
+            updates, query = [], next(queries)
+            for trained, client in enumerate(clients):
+                truth = self.private.take(self.parts[client]).to(session.device)
+                rng = stream(session.seed, "client", number, client, query)
+                received = session.personalize(model, trained)
+                updates.append(train(received, truth, session.task, recipe, rng)[0])
+            return summed(updates)
+
+        return ask
 
 
 def _check_rates(lr: float, decay: float, rounds: int) -> None:

@@ -133,6 +133,14 @@ def _hidden_layer(model: nn.Module, task: Task) -> str | None:
     return None
 
 
+def _linear_head(model: nn.Module, task: Task) -> str | None:
+    layers = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    head = layers[-1] if layers else None
+    if isinstance(head, nn.Linear) and head.bias is not None and head.out_features == task.num_classes:
+        return None
+    return "prepares a fully connected head with bias, and this model has none: choose `model=lenet` or `model=cnn`"
+
+
 def _attention(model: nn.Module, task: Task) -> str | None:
     if len(attention_layers(model)) < 2:
         return (
@@ -181,6 +189,7 @@ REQUIREMENTS: dict[str, Requirement] = {
     "pixel_layer": Requirement("a fully connected first layer", _pixel_layer),
     "pixel_layer_bias": Requirement("a bias in the first layer", _pixel_layer_bias),
     "hidden_layer": Requirement("a fully connected layer before the head", _hidden_layer),
+    "linear_head": Requirement("a fully connected head with bias", _linear_head),
     "attention": Requirement("a transformer with stacked QKV weights", _attention),
     "relu": Requirement("ReLU activations", _relu),
     "vit": Requirement("the zoo's vision transformer", _vit),

@@ -34,6 +34,12 @@ RECORD_ENTRIES = (
         always=True,
     ),
     Entry(
+        "surest quarter",
+        "surest",
+        lambda s: f"{number(s['surest']['right'], 3)} (claimed {number(s['surest']['claimed'], 3)})",
+        "share of right cells among the quarter that the attack itself is surest of, and what it claims of them",
+    ),
+    Entry(
         f"records {MOST:.0%} right",
         "records",
         lambda s: share(s["records"]),

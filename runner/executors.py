@@ -126,7 +126,8 @@ def detached(attack: Attack, found: Any, task: Task) -> Reconstruction:
         )
     labels = None if found.labels is None else found.labels.detach().cpu()
     sources = None if found.sources is None else found.sources.detach().float().cpu()
-    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources)
+    certainty = None if found.certainty is None else found.certainty.detach().float().cpu()
+    return dataclasses.replace(found, examples=examples, labels=labels, sources=sources, certainty=certainty)
 
 
 def pack(observation: Observation) -> bytes:

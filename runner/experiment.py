@@ -135,7 +135,16 @@ class Experiment:
             return self.attack.implant(model, self.task, self.public_on_device, recipe)
 
         attack = self.attack
-        return Session(self.model, self.task, self.device, self.seed, on_broadcast, attack.personalize, attack.isolates)
+        return Session(
+            self.model,
+            self.task,
+            self.device,
+            self.seed,
+            on_broadcast,
+            attack.personalize,
+            attack.isolates,
+            interrogate=attack.interrogate,
+        )
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
         """The trials of the source that have not finished, as jobs; truth stays in their payload."""

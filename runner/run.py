@@ -11,6 +11,7 @@ import torch
 
 from attacks.base import ATTACKS
 from core.errors import UsageError
+from core.protocol import Batch
 from data import Split
 from evaluation.baselines import Baselines
 from evaluation.bounds import recoverable_mask, search_space_bound
@@ -166,6 +167,12 @@ class _Run:
         assert isinstance(trial, Trial) and trial.truth is not None, "a trial without truth cannot be scored"
         truth, task = trial.truth, experiment.task
         recoverable = recoverable_mask(experiment.attack, job.observation.model, task, truth.examples)
+        names = trial.names or ()
+        if experiment.attack.singles_out:
+            assert recoverable is not None, f"{experiment.attack.name} has no mask"
+            alone = int(recoverable.int().argmax())  # if none is alone: the first one, which is then not recovered
+            truth, names = Batch(truth.examples[[alone]], truth.labels[[alone]]), names[alone : alone + 1]
+            recoverable = recoverable[[alone]]
         unrelated = experiment.negative_controls(len(truth.labels), job.index) if recoverable is not None else None
         score = self.scoring.score(
             truth,
@@ -183,7 +190,7 @@ class _Run:
         common = {"seconds": result.seconds, **trial.origin}
         knowledge = {"oracle": experiment.oracle, "knows": experiment.knowledge}
         rows = [{"trial": job.index, **row, **common, **knowledge} for row in score.rows]
-        for row, name in zip(rows, trial.names or (), strict=False):
+        for row, name in zip(rows, names, strict=False):
             row["file"] = name
         if experiment.flags.dataset == "photos" and len(rows) == 1:  # crops of one photograph are not independent
             rows[0]["unit"] = f"photograph {experiment.dataset.class_names[rows[0]['label_true']]}"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from attacks import ATTACKS, Attack
-from core.domain import TextDomain
+from core.domain import Column, TabularDomain, TextDomain
 from core.errors import UsageError
 from core.hyperparameters import paper_values
 from core.protocol import Batch, Observation, Recipe, Reconstruction, Task, image_task
@@ -27,6 +27,8 @@ from tests.conftest import ROOT
 
 IMAGES = image_task((3, 16, 16), 6, (0.5,) * 3, (0.5,) * 3)
 SENTENCES = Task(TextDomain((6,), tuple(f"word{i}" for i in range(40))), 6)
+COLUMNS = (*(Column(f"number {i}", (), 0.5, 0.3, 0.0, 1.0) for i in range(5)), Column("kind", ("a", "b", "c")))
+RECORDS = Task(TabularDomain((8,), COLUMNS), 6)
 KINDS = ("gradient", "delta")
 NAMES = sorted(ATTACKS)
 
@@ -47,7 +49,7 @@ def small(name: str) -> Attack:
 
 def task_of(attack: Attack) -> Task:
     """A task whose examples the attack reconstructs."""
-    return IMAGES if "continuous" in attack.kinds else SENTENCES
+    return IMAGES if "continuous" in attack.kinds else RECORDS if "tabular" in attack.kinds else SENTENCES
 
 
 def batch(n: int, seed: int, task: Task = IMAGES) -> Batch:
@@ -279,6 +281,7 @@ def without(requirement: str) -> nn.Module | None:
         ),
         "pixel_layer_bias": nn.Sequential(flat, nn.Linear(side, 32, bias=False), nn.ReLU(), nn.Linear(32, 6)),
         "hidden_layer": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6)),
+        "linear_head": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), flat, nn.Linear(784, 6, bias=False)),
         "attention": nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 24), flat, nn.Linear(144, 6)),
         "relu": nn.Sequential(flat, nn.Linear(side, 32), nn.Sigmoid(), nn.Linear(32, 6)),
         "double_backward": nn.Sequential(nn.Conv2d(3, 4, 3), OnceDifferentiable(), flat, nn.Linear(784, 6)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import data
 from attacks import ATTACKS
-from attacks.text.spans import Probe, row_space
+from attacks.text.spans import Probe, adapter_of, row_space
 from core.domain import UNKNOWN, TextDomain
 from core.errors import UsageError
 from core.protocol import Batch, Recipe, Reconstruction, Task, Update
@@ -141,6 +141,25 @@ def test_dager_is_exact(name: str, n: int) -> None:
         assert exact(truth, rec) == n
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_leak_as_much_while_their_rank_exceeds_the_tokens(trained: bool) -> None:
+    """B != 0: dL/dA spans the inputs. B = 0: dL/dB spans their projections, which decide as well."""
+    truth, model, ordered, _ = client("gpt_lora", 2, width=64, seed=1)
+    layers = attention_layers(model)
+    if trained:
+        with torch.no_grad():
+            for layer in layers:
+                adapter = adapter_of(model, layer)
+                adapter.b.copy_(0.02 * torch.randn(adapter.b.shape, generator=stream(0, "b")))
+    update = gradient(model, truth, TEXT.task, ordered, stream(0, "client"))
+    moved = {name for name, tensor in update.tensors.items() if tensor.any()}
+    assert moved == {f"blocks.{i}.attention.qkv.{key}" for i in range(2) for key in ("ab" if trained else "b")}
+    rec = ATTACKS["dager"]()(model, update.tensors, task=TEXT.task, num_examples=2, recipe=ordered)
+    assert exact(truth.examples[:, :7], rec.examples[:, :7]) == 2
+    with pytest.raises(UsageError, match="adapters of rank 32"):
+        ATTACKS["dager"]().check(model, TEXT.task, ordered, "gradient", 5)
+
+
 def test_dager_with_the_papers_thresholds_is_exact() -> None:
     truth, rec = attacked("gpt", 4, selection="threshold")
     assert exact(truth, rec) == 4
@@ -186,7 +205,7 @@ def test_dager_refuses_a_batch_that_spans_everything() -> None:
         ("dlg --dataset text --model gpt", "does not reconstruct sentences; choose one of baseline, dager"),
         ("dager --model gpt", "--model gpt does not take images"),
         ("dager", "dager does not reconstruct images"),
-        ("dager --dataset text", "--model lenet does not take sentences; choose one of bert, gpt, gpt_tied"),
+        ("dager --dataset text", "--model lenet does not take sentences; choose one of bert, gpt, gpt_lora, gpt_tied"),
         ("dager --dataset text --model gpt --width 30", "--width 30 must be a multiple of 4"),
         ("dager --dataset text --model gpt --image-size 16", "--image-size does not apply to --dataset text"),
         ("dlg --tokens 16", "--tokens does not apply to --dataset photos"),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.zoo.transformers import LoRA
+
 CHUNK = 2**22  # numbers in the hidden states of one forward pass
 
 
@@ -22,6 +24,7 @@ class Span:
 
     basis: Tensor
     sizes: Tensor  # (r,), descending
+    projection: Tensor | None = None  # (d, d') A: what is tested of v (d',) is A v
 
     @property
     def rank(self) -> int:
@@ -29,6 +32,8 @@ class Span:
 
     def distances(self, vectors: Tensor) -> Tensor:
         """Vectors (..., d) -> their distances from the span, between 0 and 1: (...)."""
+        if self.projection is not None:
+            vectors = vectors @ self.projection.T
         units = vectors / vectors.norm(dim=-1, keepdim=True)
         return (units - units @ self.basis @ self.basis.T).norm(dim=-1)
 
@@ -45,6 +50,11 @@ def row_space(gradient: Tensor, most: int, tolerance: float, noise: float = 0.0)
     rank = int((sizes > max(floor, tolerance * sizes[0].item())).sum())
     rank = max(1, min(rank, most))
     return Span(rows[:rank].T.contiguous(), sizes[:rank])
+
+
+def adapter_of(model: nn.Module, layer: nn.Linear) -> LoRA | None:
+    """The low-rank adapter around a layer, if it has one."""
+    return next((m for m in model.modules() if isinstance(m, LoRA) and m.base is layer), None)
 
 
 class Probe:

@@ -34,6 +34,22 @@ class Attention(nn.Module):
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, width))
 
 
+class LoRA(nn.Module):
+    """A frozen linear layer W with a trained low-rank addition B A. Hu et al., ICLR 2022.
+
+    https://arxiv.org/abs/2106.09685      y = W x + b + B A x,    A (r, d) normal, B (outputs, r) zero at first
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(rank, base.in_features) / math.sqrt(base.in_features))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
 class Block(nn.Module):
     """Attention and a two-layer network of 4 d GELU units, each with a residual connection.
 
@@ -118,6 +134,18 @@ def gpt(shape: tuple[int], num_classes: int, *, vocabulary: int, width: int = 12
 def gpt_tied(shape: tuple[int], num_classes: int, *, vocabulary: int, width: int = 128) -> nn.Module:
     """As `gpt`; the output layer's weights are those of the token embedding."""
     return GPT(vocabulary, shape[0], _width(width), tied=True)
+
+
+@model("gpt_lora", smallest=2, takes="tokens", loss="next_token")
+def gpt_lora(shape: tuple[int], num_classes: int, *, vocabulary: int, width: int = 128) -> nn.Module:
+    """As `gpt`, frozen but for adapters of rank `width` / 2 on the QKV projections, which alone are trained.
+
+    The adapters change nothing at first; `--pretrain-epochs 1` trains them on public text.
+    """
+    net = GPT(vocabulary, shape[0], _width(width), tied=False).requires_grad_(False)
+    for block in net.blocks:
+        block.attention.qkv = LoRA(block.attention.qkv, width // 2)  # type: ignore[union-attr, arg-type, assignment]
+    return net
 
 
 @model("bert", smallest=1, takes="tokens")
