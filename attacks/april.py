@@ -39,7 +39,10 @@ class April(SignedInversion):
         "auto", "closed form (one example, no normalisation before the first attention), matching, or auto"
     )
     ridge: float = hp(
-        10.0, "size, in rounding errors of float32, below which the closed form ignores a singular value", ge=0
+        10.0,
+        "size, in rounding errors of float32, below which the closed form ignores a singular value",
+        ge=0,
+        source="ours, tuning victims",
     )
     position_weight: float = hp(1.0, "weight of the position embedding's gradient in matching", ge=0)
 

@@ -46,6 +46,7 @@ class Attack(ABC):
     supports_adam: ClassVar[bool] = False  # applies to updates of clients that train with Adam
     returns_labels: ClassVar[bool] = True  # False: reconstructions carry no labels, not even granted ones
     kinds: ClassVar[frozenset[DomainKind]] = frozenset({"continuous", "tabular"})  # of examples that it reconstructs
+    accumulates: ClassVar[bool] = False  # reads `Observation.earlier`
     isolates: ClassVar[bool] = False  # seeks the examples of the first client of a sum alone
     singles_out: ClassVar[bool] = False  # seeks the one example that evaluation/bounds.py finds behind the update
     example_model: ClassVar[str] = "lenet"  # a model of the zoo it applies to

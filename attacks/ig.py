@@ -25,6 +25,7 @@ class CosineInversion(FeatureInversion):
 
     citation = "Geiping, Bauermeister, Dröge, Moeller: Inverting Gradients. NeurIPS 2020"
     link = "https://arxiv.org/abs/2003.14053"
+    accumulates = True
 
     @abstractmethod
     def matcher(self, observation: Observation, fast_convs: bool = True) -> GradientMatcher:

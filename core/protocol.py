@@ -201,7 +201,8 @@ class Observation:
 
     model: a private copy of what was broadcast. public: auxiliary examples that any party may own, disjoint from all
     victims, or None. aggregate: the number of clients whose weighted mean `update` is. granted: oracle facts by name,
-    empty unless `--grant` hands some over; whatever stands in it is named in every row of the results.
+    empty unless `--grant` hands some over; whatever stands in it is named in every row of the results. earlier: what
+    the server saw of the same client, with the same examples, in earlier rounds, if it accumulates evidence.
     """
 
     task: Task
@@ -211,6 +212,7 @@ class Observation:
     public: Batch | None = None
     granted: Mapping[str, Tensor] = field(default_factory=dict)
     aggregate: int = 1
+    earlier: tuple["Observation", ...] = ()
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ class FedAvgSource:
 
     parts: the private examples of each client, as positions in `private`. lr_decay: factor on the learning rate from
     one round to the next. aggregate: 1, or the number of clients in a round if the server sees only the weighted mean
-    of their updates.
+    of their updates. attack_rounds: the rounds, from 1, in which the same clients are attacked; none for all rounds and
+    changing clients.
     """
 
     private: Split
@@ -182,6 +183,7 @@ class FedAvgSource:
     clients_per_round: int
     lr_decay: float = 1.0
     aggregate: int = 1
+    attack_rounds: tuple[int, ...] = ()
 
     kind: Kind = "delta"
 
@@ -202,6 +204,7 @@ class FedAvgSource:
         beta: float | None = None,
         classes_per_client: int | None = None,
         aggregate: int = 1,
+        attack_rounds: tuple[int, ...] = (),
     ) -> "FedAvgSource":
         """A federation whose clients hold the private split as `partition` deals it.
 
@@ -217,7 +220,12 @@ class FedAvgSource:
             raise UsageError("`momentum` belongs to `client_optimizer=sgd`")
         if aggregate > 1 and clients_per_round not in (None, aggregate):
             raise UsageError(f"`aggregate={aggregate}` is that of a round: leave out `clients_per_round`")
-        rounds, per_round = rounds or trials, clients_per_round or (aggregate if aggregate > 1 else clients)
+        if attack_rounds and aggregate > 1:
+            raise UsageError("`attack_rounds` follow single clients: leave out `aggregate`")
+        if attack_rounds:
+            _check_attack_rounds(attack_rounds, rounds, trials, clients, clients_per_round)
+        rounds = rounds or max(attack_rounds, default=trials)
+        per_round = clients_per_round or (aggregate if aggregate > 1 else clients)
         if per_round > clients:
             raise UsageError(f"`clients_per_round={per_round}` of `clients={clients}`: lower it")
         if aggregate > 1 and trials > rounds:
@@ -242,7 +250,7 @@ class FedAvgSource:
         _check_rates(recipe.lr, lr_decay, rounds)
         if recipe.lr_schedule != "constant" and steps == 1:
             raise UsageError(f"`lr_schedule={recipe.lr_schedule}` needs more than one local step: raise `local_epochs`")
-        return cls(dataset.private, parts, recipe, trials, rounds, per_round, lr_decay, aggregate)
+        return cls(dataset.private, parts, recipe, trials, rounds, per_round, lr_decay, aggregate, attack_rounds)
 
     @property
     def num_examples(self) -> int:
@@ -252,15 +260,22 @@ class FedAvgSource:
         """The private examples of all clients, attacked or not."""
         return torch.cat(list(self.parts))
 
+    def targets(self, chosen: Sequence[int], number: int, attacked: Counter[int]) -> list[int]:
+        """The clients of round `number` whose updates are attacked; `attacked` counts those of earlier rounds."""
+        if self.attack_rounds:
+            victims = self.count // len(self.attack_rounds)
+            return list(chosen[:victims]) if number + 1 in self.attack_rounds else []
+        most = min(-(-self.count // self.rounds), self.count - attacked.total())
+        return sorted(chosen, key=lambda k: (attacked[k], k))[:most]
+
     def trials(self, session: Session) -> Iterator[Trial]:
         attacked, index = Counter[int](), 0
-        per_round = -(-self.count // self.rounds)
         defense = parse(self.recipe.defense)
         for number in range(self.rounds):
             recipe = dataclasses.replace(self.recipe, lr=self.recipe.lr * self.lr_decay**number)
             session.broadcast(recipe)
             chosen = sample_clients(len(self.parts), self.clients_per_round, stream(session.seed, "clients", number))
-            targets = sorted(chosen, key=lambda k: (attacked[k], k))[: min(per_round, self.count - index)]
+            targets = self.targets(chosen, number, attacked)
             updates, losses = [], []
             if self.aggregate > 1:
                 chosen = sorted(chosen, key=lambda k: k not in targets)  # the victim is client 0 of the sum
@@ -310,6 +325,27 @@ class FedAvgSource:
             return summed(updates)
 
         return ask
+
+
+def _check_attack_rounds(
+    chosen: tuple[int, ...], rounds: int | None, trials: int, clients: int, per_round: int | None
+) -> None:
+    """Raise UsageError for rounds that do not exist, and for clients that would not take part in all of them."""
+    if min(chosen) < 1 or len(set(chosen)) < len(chosen):
+        raise UsageError("`attack_rounds` are different numbers from 1")
+    if rounds is not None and max(chosen) > rounds:
+        raise UsageError(f"`attack_rounds` names round {max(chosen)} of {rounds}: raise `rounds`")
+    if trials % len(chosen):
+        raise UsageError(
+            f"`trials={trials}` must be a multiple of the {len(chosen)} `attack_rounds`: {len(chosen)} for one client, "
+            f"{2 * len(chosen)} for two"
+        )
+    if trials // len(chosen) > clients:
+        raise UsageError(f"`trials={trials}` in {len(chosen)} `attack_rounds` need more than {clients} `clients`")
+    if per_round not in (None, clients):
+        raise UsageError(
+            "`attack_rounds` follow the same clients, which take part in every round: leave out `clients_per_round`"
+        )
 
 
 def _check_rates(lr: float, decay: float, rounds: int) -> None:

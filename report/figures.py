@@ -80,6 +80,29 @@ def learning_curve(path: Path, rounds: Sequence[Mapping[str, Any]]) -> None:
         style.save(figure, path)
 
 
+def leakage_over_rounds(path: Path, rounds: Sequence[Mapping[str, Any]]) -> None:
+    """PSNR and the recovered share of the clients that are attacked in several rounds, as in summary.json."""
+    numbers = [r["round"] for r in rounds]
+    with style.pyplot() as plt:
+        from matplotlib.ticker import MaxNLocator
+
+        figure, axes = plt.subplots(2, 1, figsize=(style.WIDTH, 1.3 * style.HEIGHT), sharex=True, layout="constrained")
+        for ax, key, label in zip(axes, ("psnr", "recovered"), ("mean PSNR (dB)", "recovered share"), strict=True):
+            ax.plot(numbers, [r[key] for r in rounds], color=style.COLORS[0], marker="o", label="update of this round")
+            if all(r["accumulated"] for r in rounds):
+                values = [r["accumulated"][key] for r in rounds]
+                ax.plot(numbers, values, color=style.COLORS[1], marker="s", label="best of all updates so far")
+            ax.set(ylabel=label)
+        if all(r["null_psnr"] is not None for r in rounds):
+            nulls = [r["null_psnr"] for r in rounds]
+            axes[0].plot(numbers, nulls, color="grey", linestyle="--", label="null")
+        axes[0].set(title="leakage over rounds")
+        axes[0].legend(fontsize=style.SMALL)
+        axes[1].set(xlabel="round", ylim=(-0.03, 1.03))
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        style.save(figure, path)
+
+
 def comparison_plot(path: Path, points: Sequence[Point], summaries: Sequence[Summary]) -> None:
     """The score over the first name of the points, one line for each combination of the others.
 

@@ -1,8 +1,8 @@
 """An audit: every attack that applies to a model and a recipe, or to a captured update, within a time limit.
 
-The answer is audit.json and audit.md: a verdict with its thresholds, the worst case first, what was tried and failed,
-what is proven, and the weakest setting that would pass. The exit code is 1 if more records are recovered than the user
-allows.
+The answer is audit.json, and audit.md and report.html for people: a verdict with its thresholds, the worst case, what
+was tried and failed, what is proven, and the weakest setting that would pass. The exit code is 1 if more records are
+recovered than the user allows.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ from core.errors import UsageError
 from core.hyperparameters import help_of
 from core.paths import ROOT
 from defenses.base import canonical
-from report import figures
 from report.audit import markdown
+from report.page import audit_page
+from report.page.images import Pair, png, select_pairs
+from report.page.render import PICTURES
 from runner import cli
 from runner.battery import ORDER, Battery, Outcome, with_subject
-from runner.conclusions import entry_of, formal, harm, verdict_of, worst_case
+from runner.conclusions import entry_of, formal, harm, nearest_rows, verdict_of, worst_case
 from runner.experiment import SOURCE_DIRS, commit
 from runner.store import source_digest
 from runner.subjects import Audit, simulated, subject_of
 from runner.workers import cores
-from utils.files import digest, write_atomically, write_json
+from utils.files import digest, write_atomically, write_bytes, write_json
 from utils.flags import FlagError, Parser, add_flags, given
 
 # what does not apply to an audit, which runs several attacks once, in this process
@@ -55,7 +58,7 @@ def main() -> None:
             raise UsageError(str(error)) from None
         result, folder = audit(flags, sys.argv[1:])
     print(result["verdict"]["sentence"])
-    print(folder / "audit.md")
+    print(f"{folder / 'report.html'}, audit.md, audit.json")
     raise SystemExit(result["verdict"]["exit_code"])
 
 
@@ -123,7 +126,7 @@ def conclude(battery: Battery, outcomes: list[Outcome], words: list[str], code: 
         "attacks": entries,
         "agreement": agreement,
         "control": controlled,
-        "formal": formal(subject),
+        "formal": formal(subject, entries),
         "inspection": battery.inspection.as_dict(),
         "recommendation": advice,
         "harm": harm(subject, worst),
@@ -187,26 +190,43 @@ def control(battery: Battery, outcomes: list[Outcome]) -> dict[str, Any] | None:
 
 
 def _write(folder: Path, battery: Battery, outcomes: list[Outcome], result: Mapping[str, Any]) -> None:
-    """audit.json, audit.md, rows and reconstructions; pictures if the user asks for them, or if no truth exists."""
-    tensors: dict[str, Tensor] = {}
-    for o in outcomes:
-        for record, found in zip(o.records, o.found, strict=True):
-            tensors[f"{o.attack.name}:{record['trial']}"] = found.examples.contiguous()
-        if o.status != "ran" or not len(o.found[0].examples):
-            continue
-        path, domain = folder / f"{o.attack.name}.png", battery.subject.task.domain
-        if battery.subject.context is None:
-            shown = o.found[0].examples
-            blank = [{"match": i, "psnr": float("nan")} for i in range(len(shown))]
-            figures.grid(path, shown, shown, blank, domain)
-        elif battery.flags.show_victims:
-            figures.grid(path, torch.cat(o.truths), torch.cat(o.rebuilt), o.rows, domain)
-    if tensors:
-        write_atomically(folder / "reconstructions.safetensors", lambda path: save_file(tensors, path))
+    """audit.json, rows, reconstructions and the page as Markdown and HTML.
+
+    Pictures are on the page if the user asks for them, or if no truth exists.
+    """
+    found = {
+        f"{o.attack.name}:{record['trial']}": rec.examples.contiguous()
+        for o in outcomes
+        for record, rec in zip(o.records, o.found, strict=True)
+    }
+    if found:
+        write_atomically(folder / "reconstructions.safetensors", lambda path: save_file(found, path))
     write_json(folder / "rows.json", [row for o in outcomes for row in o.rows])
     write_json(folder / "audit.json", result)
     text = markdown(result)
     write_atomically(folder / "audit.md", lambda path: path.write_text(text, encoding="utf-8"))
+    rows = nearest_rows(outcomes)
+    scored = battery.subject.context is not None
+    pairs = _pairs(outcomes, rows) if scored and battery.flags.show_victims else None
+    page = audit_page(result, rows, pairs, {} if scored else _shots(outcomes))
+    write_bytes(folder / "report.html", page.encode("utf-8", "replace"))
+
+
+def _pairs(outcomes: list[Outcome], rows: list[dict[str, Any]]) -> list[Pair]:
+    """The records of these rows beside their reconstructions."""
+    places = {id(row): (o, k) for o in outcomes for k, row in enumerate(o.rows)}
+
+    def pictures(which: str, place: int) -> Tensor:
+        outcome, k = places[id(rows[place])]
+        return torch.cat(getattr(outcome, which))[k]
+
+    return select_pairs(rows, partial(pictures, "truths"), partial(pictures, "rebuilt"), PICTURES)
+
+
+def _shots(outcomes: list[Outcome]) -> dict[str, list[str]]:
+    """Pictures of what each attack returned for the first update."""
+    ran = [o for o in outcomes if o.status == "ran" and o.found[0].examples.ndim == 4]
+    return {o.attack.name: [png(x) for x in o.found[0].examples] for o in ran if len(o.found[0].examples)}
 
 
 def _weights_digest(model: nn.Module) -> str:

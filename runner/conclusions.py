@@ -1,14 +1,15 @@
 """What an audit concludes from the attacks that ran: entries of audit.json, the worst case and the verdict."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from defenses.base import parse
 from evaluation.summary import RECOVERED_PSNR, is_recovered, summarize
 from evaluation.verdict import outcome
 from runner.battery import THREATS, Outcome
 from runner.subjects import Subject
+
+CANDIDATES = (2, 10, 100)  # among which the bound on identification is stated
 
 
 def entry_of(o: Outcome, thresholds: tuple[float, ...]) -> dict[str, Any]:
@@ -48,31 +49,36 @@ def _mean_of(records: list[dict[str, Any]], key: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def nearest_rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Of each record, the row of the attack that came nearest to it."""
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in (row for o in outcomes for row in o.rows):
+        key = (row["trial"], row["image"])
+        if key not in best or row["psnr"] > best[key]["psnr"]:
+            best[key] = row
+    return list(best.values())
+
+
 def worst_case(outcomes: list[Outcome]) -> dict[str, Any] | None:
     """Over all attacks: the share of records that some attack recovers, and the strongest attack of each server."""
-    best: dict[tuple[int, int], dict[str, Any]] = {}
-    for o in outcomes:
-        for row in o.rows:
-            key = (row["trial"], row["image"])
-            if key not in best or row["psnr"] > best[key]["psnr"]:
-                best[key] = row
+    best = nearest_rows(outcomes)
     if not best:
         return None
-    summary = summarize(list(best.values()), [])
+    summary = summarize(best, [])
     strongest = {}
     for threat in THREATS:
         ran = [o for o in outcomes if o.rows and o.attack.threat == threat]
         if ran:
             top = max(ran, key=lambda o: (o.share, statistics.fmean(row["psnr"] for row in o.rows)))
             strongest[threat] = {"attack": top.attack.name, "recovered": top.share}
-    exposed = sorted(best.values(), key=lambda row: -row["psnr"])[:5]
+    exposed = sorted(best, key=lambda row: -row["psnr"])[:5]
     return {
         "records": len(best),
-        "recovered": sum(map(is_recovered, best.values())),
+        "recovered": sum(map(is_recovered, best)),
         "share": summary["success_rate"],
         "interval": summary["recovered"].get("20"),
         "mean_psnr": summary["psnr"]["mean"] if summary["psnr"] else None,
-        "max_psnr": max(row["psnr"] for row in best.values()),
+        "max_psnr": max(row["psnr"] for row in best),
         "mean_image_psnr": summary["baseline_psnr"],
         "class_mean_psnr": summary["class_baseline_psnr"],
         "strongest": strongest,
@@ -140,16 +146,42 @@ def verdict_of(
     }
 
 
-def formal(subject: Subject) -> dict[str, Any]:
-    """What is proven, rather than measured."""
-    noise = parse(subject.recipe.defense).counter().noise
-    text = "The recipe bounds no record's influence on the update: there is no (epsilon, delta) guarantee."
-    if subject.recipe.defense != "none":
+def formal(subject: Subject, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is proven about one update, rather than measured, beside what the attacks measured.
+
+    bounds: the largest probability with which any attack finds a record (or a client, by the unit of the guarantee)
+    among so many candidates. identified: per attack the measured share, the number of candidates and the bound there.
+    """
+    from evaluation.guarantees import guarantee, success_bound  # scipy: not while flags are parsed
+
+    found = guarantee(subject.recipe, subject.kind)
+    bounds: list[dict[str, float]] = []
+    if found is None:
+        text = "The recipe bounds no record's influence on the update: there is no (epsilon, delta) guarantee."
+    elif found["unit"] is None:
+        text = f"The attacker knows the defence {subject.recipe.defense}: {found['reason']}."
+    else:
         text = (
-            f"The attacker knows the defence {subject.recipe.defense}. No accountant ran: no (epsilon, delta) "
-            "guarantee is claimed."
+            f"The defence {subject.recipe.defense} is differentially private: epsilon {found['epsilon']:.3g} at delta "
+            f"{found['delta']:g} for one update, neighbours differing in one {found['unit']}. Each further update adds "
+            "to it."
         )
-    return {"guarantee": None, "noise": noise, "text": text}
+        bounds = [{"candidates": n, "chance": 1 / n, "bound": success_bound(1 / n, found["mu"])} for n in CANDIDATES]
+    return {"guarantee": found, "text": text, "bounds": bounds, "identified": _identified(found, entries)}
+
+
+def _identified(found: Mapping[str, Any] | None, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each attack identified, with the bound on it where the recipe is differentially private."""
+    from evaluation.guarantees import identified_bound
+
+    measured = []
+    for entry in entries:
+        share = entry.get("summary", {}).get("identified")
+        if share is not None:
+            bound = {} if found is None else identified_bound(found, share)
+            own = {key: share[key] for key in ("share", "low", "high", "chance", "candidates")}
+            measured.append({"attack": entry["attack"], **own, "bound": bound.get("identified_bound")})
+    return measured
 
 
 def harm(subject: Subject, worst: dict[str, Any] | None) -> dict[str, Any]:

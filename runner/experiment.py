@@ -15,7 +15,7 @@ from torch import nn
 
 import data
 import models
-from attacks.base import Attack
+from attacks.base import ATTACKS, Attack
 from core.domain import TextDomain
 from core.errors import UsageError
 from core.paths import ROOT
@@ -73,8 +73,20 @@ class Experiment:
             raise UsageError("`grant=labels` tells the attacker how many images there are: leave out `believe`")
         recipe.steps(count)  # raises UsageError for too many
         self.attack.check(self.model, self.task, recipe, self.source.kind, count)
+        if getattr(flags, "accumulate", False):
+            self._check_accumulation(recipe, count)
         if flags.public == "none" and "public" in self.attack.requirements():
             raise UsageError(f"{command.attack_name} needs public images, and `public=none` withholds them")
+
+    def _check_accumulation(self, recipe: Recipe, count: int) -> None:
+        """Raise UsageError where updates of several rounds cannot be matched together."""
+        if not self.attack.accumulates:
+            able = ", ".join(name for name, cls in ATTACKS.items() if cls.accumulates)
+            raise UsageError(f"`accumulate` applies to {able}: {self.command.attack_name} attacks one update")
+        if not self.flags.attack_rounds:
+            raise UsageError("`accumulate` follows one client: name its rounds by `attack_rounds`")
+        if parse_defense(recipe.defense).counter().start(self.model, count).variables:
+            raise UsageError("`accumulate` does not apply to a defence that draws secrets anew in every round")
 
     def _build_model(self) -> nn.Module:
         flags = self.flags
@@ -148,9 +160,19 @@ class Experiment:
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:
         """The trials of the source that have not finished, as jobs; truth stays in their payload."""
+        earlier: dict[int, tuple[Observation, ...]] = {}  # by client
         for trial in self.source.trials(session):
+            accumulates = getattr(self.flags, "accumulate", False)
+            if trial.index in finished and not accumulates:
+                continue
+            observation = self.observe(trial)
+            if accumulates:
+                client = trial.origin["client"]
+                before = earlier.get(client, ())
+                earlier[client] = (*before, dataclasses.replace(observation, public=None))
+                observation = dataclasses.replace(observation, earlier=before)
             if trial.index not in finished:
-                yield Job(trial.index, self.observe(trial), trial)
+                yield Job(trial.index, observation, trial)
 
     def observe(self, trial: Trial) -> Observation:
         """What the server sees of one update. The truth is read only for what `--grant` hands over."""
@@ -238,6 +260,8 @@ class Experiment:
         if "public" in uses and flags.public != "none":
             kind = {"same": "of the same source", "other": "of other classes", "noise": "of noise"}[flags.public]
             facts.append(f"{len(self.public.examples)} public images {kind}")
+        if getattr(flags, "accumulate", False):
+            facts.append("the client's earlier updates")
         facts += [f"{name} (granted)" for name in self.oracle]
         return facts + [f"{belief} (believed)" for belief in flags.believe]
 

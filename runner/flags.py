@@ -96,6 +96,13 @@ class Fed(Common):
     clients: int = hp(10, "number of clients in the federation", ge=1)
     clients_per_round: int | None = hp(None, "number of clients that train in a round; default: all", ge=1)
     rounds: int | None = hp(None, "rounds of FedAvg; default: one for each trial", ge=1)
+    attack_rounds: tuple[int, ...] = hp(
+        (), "rounds, from 1, in which the same clients are attacked; default: all, and the clients attacked least"
+    )
+    accumulate: bool = hp(False, "one reconstruction from all updates of a client up to each of the `attack_rounds`")
+    engine: Literal["own", "flower"] = hp(
+        "own", "federation: this suite's own loop, or Flower's simulation (needs flwr and ray)"
+    )
     partition: Literal["iid", "dirichlet", "classes"] = hp("iid", "distribution of the private images over clients")
     beta: float | None = hp(None, "concentration of the dirichlet partition; default: 0.5", gt=0)
     classes_per_client: int | None = hp(None, "classes of a client in the classes partition; default: 2", ge=1)

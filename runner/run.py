@@ -19,6 +19,7 @@ from evaluation.candidates import Candidates, Pool
 from evaluation.evaluator import ScoringContext
 from evaluation.metrics import Lpips, metrics_of
 from evaluation.objective import objectives
+from evaluation.rounds import over_rounds
 from evaluation.scoring import scoring_of
 from evaluation.verdict import outcome
 from federated.simulation import Session, Trial
@@ -230,6 +231,10 @@ class _Run:
             summary["accuracy"] = self.rounds[-1]["accuracy"]
             summary["training_loss"] = None if None in losses else sum(losses) / len(losses)
             figures.learning_curve(store.folder / "accuracy.png", self.rounds)
+        followed = over_rounds(rows, trials)
+        if followed is not None:
+            summary["over_rounds"] = followed
+            figures.leakage_over_rounds(store.folder / "rounds.png", followed)
         names = [row["file"] for row in rows] if all("file" in row for row in rows) else None
         domain = experiment.task.domain
         view = tables.VIEWS[domain.name]

@@ -4,13 +4,14 @@ from core.errors import UsageError
 from core.protocol import Recipe
 from core.references import absolute
 from data import Dataset
+from federated.flower_engine import FlowerSource
 from federated.simulation import FedAvgSource, GradientSource
 from models import MODELS
 from runner.flags import Common, Fed, Grad
 
 DEALT = (
     *("trials", "seed", "clients", "client_images", "clients_per_round", "rounds"),
-    *("lr_decay", "partition", "beta", "classes_per_client", "aggregate"),
+    *("lr_decay", "partition", "beta", "classes_per_client", "aggregate", "attack_rounds"),
 )  # flags that are arguments of FedAvgSource.deal
 
 
@@ -41,7 +42,10 @@ def federated_source(flags: Fed, dataset: Dataset) -> FedAvgSource:
         loss=_loss(flags),
         defense=flags.defense,
     )
-    return FedAvgSource.deal(dataset, recipe, **{name: getattr(flags, name) for name in DEALT})
+    if flags.engine == "flower" and flags.backend == "ray":
+        raise UsageError("`engine=flower` starts a Ray of its own: leave out `backend`")
+    source = FlowerSource if flags.engine == "flower" else FedAvgSource
+    return source.deal(dataset, recipe, **{name: getattr(flags, name) for name in DEALT})
 
 
 def _loss(flags: Common) -> str:

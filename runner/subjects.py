@@ -46,7 +46,7 @@ class Audit(Fed):
     threshold: float = hp(0.0, "largest acceptable share of recovered records; above it the exit code is 1", ge=0, le=1)
     attacks: tuple[str, ...] = hp((), "names of the attacks; default: all that apply")
     verdict_only: bool = hp(False, "no search for the weakest setting that passes")
-    show_victims: bool = hp(False, "pictures of private images and reconstructions beside audit.md")
+    show_victims: bool = hp(False, "pictures of private images and their reconstructions on the page")
     trials: int = hp(4, "number of attacked updates", ge=1)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torchvision.utils import save_image
 
 from attacks import ATTACKS
 from federated.capture import MANIFEST, UPDATE, export, load_capture, read_update
 from federated.simulation import GradientSource
+from report.page import images
 from runner import battery as battery_module
 from runner import cli
 from runner.battery import Battery
@@ -48,17 +51,47 @@ def test_an_undefended_recipe_fails_and_the_recommended_one_passes(
     assert found["worst_case"]["recovered"] >= 6
     advice = found["recommendation"]
     assert advice["setting"] is not None
-    again = [*flags, "--defense", advice["setting"], "--out", str(tmp_path / "b")]
+    page = next((tmp_path / "a").glob("audit/*/report.html")).read_text()
+    assert found["verdict"]["sentence"] in page.split("<main>")[0], "the verdict comes first"
+    order = [page.index(f'<section id="{name}"') for name in ("pictures", "worst", "attacks", "proof", "advice")]
+    assert order == sorted(order)
+    assert "<img" not in page, "private pictures"
+    again = [*flags, "--show-victims", "--defense", advice["setting"], "--out", str(tmp_path / "b")]
     assert in_process("main_audit.py", again, monkeypatch) == 0
     defended = audited(tmp_path / "b")
     assert "safe" not in defended["verdict"]["sentence"]
     assert defended["worst_case"]["recovered"] == 0
     assert defended["control"] is None or defended["control"]["recovered"] > 0
+    page = next((tmp_path / "b").glob("audit/*/report.html")).read_text()
+    shown = len(re.findall(r'<span class="truth"><img src="data:image/png', page))
+    assert shown == min(8, images.MOST) + 1, "each record, and the most exposed one at the top"
+    assert "No leak found" in page.split("<main>")[0]
     text = next((tmp_path / "a").glob("audit/*/audit.md")).read_text()
     for heading in ("Worst case", "Recommendation", "Scope", "Attacks", "What is proven", "Reproduce"):
         assert f"## {heading}" in text
     assert "## Worst case" in text.split("## Scope")[0], "the worst case comes first"
     assert {entry["attack"] for entry in found["attacks"]} == set(ATTACKS) - {"baseline"}
+
+
+def test_a_private_recipe_has_its_epsilon_beside_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaluation.guarantees import gaussian_epsilon, success_bound
+
+    sigma = 2.0
+    flags = ["--model", "fc2", "--kind", "gradient", "--trials", "2", *TINY, "--attacks", "analytic"]
+    flags += ["--defense", f"dpsgd(bound=1,sigma={sigma})", "--out", str(tmp_path), "--verdict-only"]
+    assert in_process("main_audit.py", flags, monkeypatch) == 0
+    found = audited(tmp_path)["formal"]
+    assert found["guarantee"]["epsilon"] == pytest.approx(gaussian_epsilon(1 / sigma))
+    assert [b["bound"] for b in found["bounds"]] == [
+        pytest.approx(success_bound(1 / n, 1 / sigma)) for n in (2, 10, 100)
+    ]
+    (measured,) = found["identified"]
+    assert measured["bound"] == pytest.approx(success_bound(1 / measured["candidates"], 1 / sigma))
+    page = next(tmp_path.glob("audit/*/report.html")).read_text().split('<section id="proof"')[1]
+    assert f"epsilon {gaussian_epsilon(1 / sigma):.3g}" in page
+    assert f"{success_bound(0.1, 1 / sigma):.3f}" in page
 
 
 def test_the_threshold_decides_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +196,13 @@ def test_without_truth_reconstructions_and_agreement_are_written(
     assert found["agreement"]["agreed_records"] >= 2
     assert all("recovered" not in entry for entry in found["attacks"])
     (folder,) = tmp_path.glob("audit/*")
-    assert {"reconstructions.safetensors", "analytic.png", "spear.png", "audit.md"} <= {
-        p.name for p in folder.iterdir()
-    }
+    assert {"reconstructions.safetensors", "audit.md", "rows.json"} <= {p.name for p in folder.iterdir()}
+    page = (folder / "report.html").read_text()
+    returned = sum(min(len(t), 16) for t in load_file(folder / "reconstructions.safetensors").values())
+    assert page.count("<img") == returned > 0
+    assert "2 of 3 records exposed" in page or "3 of 3 records exposed" in page
+    assert '<section id="agreement"' in page
+    assert 'class="truth"' not in page
 
 
 @pytest.mark.parametrize(

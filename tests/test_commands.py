@@ -67,6 +67,9 @@ def what_it_runs(command: list[str], recorder: Path, cwd: Path) -> list[list[str
 def assert_parses(arguments: list[str]) -> None:
     """The script's own parser and its own checks accept the arguments."""
     page, *flags = arguments
+    if "flower" in flags:
+        pytest.importorskip("flwr")
+        pytest.importorskip("ray")
     flags_cls, source = PAGES[Path(page).name]
     points = cli.parse(flags, flags_cls, ATTACKS, page)
     for command in {id(c): c for c in (points[0], points[-1])}.values():

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.matching.distances import add_balanced
+from attacks.matching.joint import JointObjective
 from attacks.matching.layer_inputs import LayerInput, determined_inputs, input_subspaces
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
@@ -74,9 +75,10 @@ class FeatureInversion(SignedInversion):
         cosine distance alone, and the lowest objective decides.
         """
         objective = self.objective(observation, labels, make, rng)
-        runs = self.descend(objective, labels, rng)
+        earlier = [make(other) for other in observation.earlier]
+        runs = self.descend(_jointly(objective, earlier), labels, rng)
         if isinstance(objective, KnownInputs) and objective.first_guess is not None and not objective.overdetermined:
-            runs += self.descend(MatchingObjective(make(observation)), labels, rng)
+            runs += self.descend(_jointly(MatchingObjective(make(observation)), earlier), labels, rng)
         return runs
 
     def objective(
@@ -104,6 +106,10 @@ class FeatureInversion(SignedInversion):
             invert = partial(objective.invert, labels, self.feature_iterations, self.tv, rng)
             objective.first_guess = current_tracker().run_segment(Run, rng, invert)
         return objective
+
+
+def _jointly(objective: MatchingObjective, earlier: Sequence[GradientMatcher]) -> MatchingObjective:
+    return JointObjective(objective, earlier) if earlier else objective
 
 
 class KnownInputs(MatchingObjective):

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import UsageError
+from report.page.audit import audit_page
 from report.page.load import load_runs
 from report.page.render import details, headline, page
 from utils.files import write_bytes
+
+__all__ = ["audit_page", "write_page"]
 
 
 def write_page(paths: Sequence[Path], output: Path, show_victims: bool = False) -> tuple[str, list[Path]]:

@@ -129,6 +129,12 @@ def rounds_chart(run: Run) -> Chart | None:
                 mean = sum(values) / len(values)
                 points.append(Point(number + 1, mean, f"round {number + 1}: {exact(mean)} dB, {len(values)} images"))
         series.append(Series(name, points, color, look))
+    together = [
+        Point(entry["round"], found["psnr"], f"rounds 1 to {entry['round']}: {exact(found['psnr'])} dB")
+        for entry in run.summary.get("over_rounds") or ()
+        if (found := entry.get("accumulated"))
+    ]
+    series.append(Series("best update so far, by the attack's own objective", together, 2))
     return Chart("Leakage over rounds", "round", "mean PSNR (dB)", series)
 
 

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,29 @@ def pairs_of(folder: Path, rows: Sequence[Row], budget: int) -> list[Pair]:
             above, below = file.get_slice("truth"), file.get_slice("reconstruction")
             if above.get_shape() != below.get_shape() or above.get_shape()[0] != len(rows):
                 return []
-            pairs: list[Pair] = []
-            spent = 0
-            for index, rank in _chosen(rows):
-                row = rows[index]
-                rebuilt = None if row.get("match") is None else below[index : index + 1][0]
-                pair = _pair(row, rank, above[index : index + 1][0], rebuilt, budget // 3)
-                spent += len(pair.left) + len(pair.right or "")
-                if pairs and not rank and spent > budget:
-                    break
-                pairs.append(pair)
-            return pairs
+            return select_pairs(rows, lambda i: above[i : i + 1][0], lambda i: below[i : i + 1][0], budget)
     except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError, IndexError):
         return []
+
+
+def select_pairs(
+    rows: Sequence[Row], truth: Callable[[int], Tensor], rebuilt: Callable[[int], Tensor], budget: int
+) -> list[Pair]:
+    """Pairs of rows within `budget` bytes: the extremes and the median, then the most exposed ones.
+
+    truth, rebuilt: the true example and the reconstruction (*shape) of a row, by its position.
+    """
+    pairs: list[Pair] = []
+    spent = 0
+    for index, rank in _chosen(rows):
+        row = rows[index]
+        below = None if row.get("match") is None else rebuilt(index)
+        pair = _pair(row, rank, truth(index), below, budget // 3)
+        spent += len(pair.left) + len(pair.right or "")
+        if pairs and not rank and spent > budget:
+            break
+        pairs.append(pair)
+    return pairs
 
 
 def png(example: Tensor) -> str:
