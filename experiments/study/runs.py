@@ -90,12 +90,26 @@ SETTINGS: dict[str, tuple[str, str, tuple[str, ...], dict[str, tuple[str, ...]]]
     ),
 }
 UTILITY = {"no block": ("baseline",), "block, ours": ("rtf",), "block, published": ("rtf", "--paper")}
-TRAINING = ("--model", "lenet", "--clients", "4", "--client-images", "64", "--batch-size", "8", "--local-lr", "0.1")
+TRAINING = (
+    "--model",
+    "lenet",
+    "--clients",
+    "4",
+    "--client-images",
+    "64",
+    "--batch-size",
+    "8",
+    "--local-lr",
+    "0.1",
+    "--eval-every",
+    "1",
+)
 LAST_ROUNDS = 5  # over which the accuracy of a federation is averaged
 
 # --quick leaves these out: each is close to another one of the study, and they are slow
 SLOW = ("dlf", "gias", "idlg", "ig_weight")
 QUICK: dict[str, tuple[str, ...]] = {  # besides fewer iterations
+    "fgla": ("--steps", "400"),
     "ggl": ("--comparison-iterations", "0"),
     "lti": ("--simulations", "600", "--epochs", "15", "--features", "1024", "--units", "256"),
     "suppress": ("--inner-iterations", "100"),
