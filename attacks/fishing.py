@@ -69,7 +69,7 @@ class Fishing(Attack):
 
     inner: str = hp("ig_single", "attack on the gradient of the example that is alone", source="any attack here")
     inner_iterations: int = hp(0, "iterations of the inner attack; 0: its own default", smoke=3, ge=0)
-    queries: int = hp(32, "largest number of queries of a batch; 2: classes alone", ge=1)
+    queries: int = hp(32, "largest number of queries of a batch; 2: classes alone", smoke=4, ge=1)
     sharpness: float = hp(1e5, "slope b of the head at a cutoff, in units of 1 / s", gt=0)
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import integrate, optimize, special, stats
+from scipy import special
 
 from core.protocol import Recipe
 from defenses.base import Defense, Pipeline, parse
@@ -36,6 +36,8 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float = DELTA) -> float:
     """The exact epsilon of a Gaussian mechanism at `delta`; 0 if the mechanism is (0, delta)-private."""
+    from scipy import optimize  # only here: its import takes a tenth of a second
+
     if gaussian_delta(0.0, mu) <= delta:
         return 0.0
     high = 1.0
@@ -66,8 +68,10 @@ def subsampled_success_bound(
 def identification_rate(candidates: int, mu: float) -> float:
     """The success of the best attack among candidates whose clipped gradients are orthogonal and of norm C."""
 
+    from scipy import integrate  # only here: its import takes half a second
+
     def integrand(u: float) -> float:
-        return float(stats.norm.pdf(u) * special.ndtr(u + mu) ** (candidates - 1))
+        return math.exp(-u * u / 2) / math.sqrt(2 * math.pi) * float(special.ndtr(u + mu)) ** (candidates - 1)
 
     return float(integrate.quad(integrand, -12, 12, limit=200)[0])
 

