@@ -92,7 +92,7 @@ class Attack(ABC):
         """
         return model
 
-    def interrogate(
+    def query(
         self, model: nn.Module, ask: Callable[[nn.Module], Update], task: Task, recipe: Recipe
     ) -> tuple[nn.Module, Update]:
         """The model and the update to attack. `ask(model)` is the clients' update for a model, from the same examples.

@@ -101,7 +101,7 @@ class Fishing(Attack):
     def implant(self, model: nn.Module, task: Task, public: Batch, recipe: Recipe | None = None) -> nn.Module:
         return class_query(model, 0)
 
-    def interrogate(self, model: nn.Module, ask: Ask, task: Task, recipe: Recipe) -> tuple[nn.Module, Update]:
+    def query(self, model: nn.Module, ask: Ask, task: Task, recipe: Recipe) -> tuple[nn.Module, Update]:
         first = ask(model)
         n, classes = first.num_examples, task.num_classes
         tensors = self.mean(model, first, task, recipe)

@@ -71,7 +71,7 @@ Ask = Callable[[nn.Module], Update]  # a model -> the update of the same clients
 
 
 def ask_once(model: nn.Module, ask: Ask, task: Task, recipe: Recipe) -> tuple[nn.Module, Update]:
-    """What an honest server does: `model` and the update for it."""
+    """`model` and its update: an honest server asks once."""
     return model, ask(model)
 
 
@@ -88,7 +88,7 @@ class Session:
     isolates: bool = False  # whether the first client of a sum is the only one whose examples are sought
     uses_final_model: bool = True  # False: the model after the last attacked round need not be computed
     train_clients: Callable[[Iterable[ClientJob]], Iterator[TrainedClient]] = train_one_by_one  # in order
-    interrogate: Callable[[nn.Module, Ask, Task, Recipe], tuple[nn.Module, Update]] = ask_once
+    query: Callable[[nn.Module, Ask, Task, Recipe], tuple[nn.Module, Update]] = ask_once
     on_round: Callable[[dict[str, Any]], None] = lambda record: None  # loss and learning rate at the end of a round
     on_client: Callable[[int, int, int], None] = lambda number, trained, clients: (
         None
@@ -128,7 +128,7 @@ def _trial_of_sum(
         recipe = dataclasses.replace(recipe, batch_size=recipe.batch_size * clients)
     sought = batches[:1] if session.isolates else batches
     truth = Batch(torch.cat([b.examples for b in sought]), torch.cat([b.labels for b in sought]))
-    model, update = session.interrogate(session.model, ask, session.task, recipe)
+    model, update = session.query(session.model, ask, session.task, recipe)
     return Trial(index, model, recipe, update, truth, aggregate=clients, **about)
 
 
@@ -338,7 +338,7 @@ class FedAvgSource:
                     truth = self.private.take(self.parts[client]).to(session.device)
                     names = self.private.names_at(self.parts[client])
                     ask = self._ask(session, recipe, number, [client], update)
-                    model, update = session.interrogate(session.model, ask, session.task, recipe)
+                    model, update = session.query(session.model, ask, session.task, recipe)
                     yield Trial(index, model, recipe, update, truth, origin, names)
                     index += 1
             if self.aggregate > 1 and targets:

@@ -9,7 +9,7 @@ from typing import Any
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#000000")  # Okabe and Ito
 DARK_COLORS = ("#5DB3EA", "#F39C5A", "#3CC9A0", "#E39CC4", "#F0BC4E", "#8FD0F5", "#B493E0", "#D5D8DC")  # on dark
 TRUTH, REBUILT = ("#0069A6", "#6CB8E8"), ("#B84E00", "#F39C5A")  # frames of examples, on light and on dark
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # lines can be told apart without colour
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # lines differ without colour
 REFERENCE = {"color": "#7F7F7F", "linestyle": "--", "linewidth": 1.2}  # baselines and oracles
 # of the page: CSS variable -> on light, on dark; the text on each background has a contrast of 4.5 at least
 PAGE = {

@@ -82,7 +82,7 @@ class Experiment:
 
     def _check_flower(self) -> None:
         """Raise UsageError for what Flower's rounds cannot do: several queries, and clients that remember."""
-        if type(self.attack).interrogate is not Attack.interrogate:
+        if type(self.attack).query is not Attack.query:
             raise UsageError(f"{self.command.attack_name} asks the same clients several times: leave out `engine`")
         if any(type(step).for_client is not Defense.for_client for step in parse_defense(self.flags.defense).steps):
             raise UsageError(f"`defense={self.defense}` stores something in each client: leave out `engine`")
@@ -165,7 +165,7 @@ class Experiment:
             attack.personalize,
             attack.isolates,
             uses_final_model=bool(getattr(self.flags, "eval_every", 0)),
-            interrogate=attack.interrogate,
+            query=attack.query,
         )
 
     def jobs_of(self, session: Session, finished: set[int]) -> Iterator[Job]:

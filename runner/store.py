@@ -199,7 +199,7 @@ def _load(path: Path) -> Tensors | None:
 
 
 def _load_gathered(path: Path) -> dict[int, Tensors]:
-    """The tensors of each trial of a finished run; empty if they cannot be told apart."""
+    """The tensors of each trial of a finished run; empty if the file does not say which belong to which trial."""
     tensors, metadata = _open(path)
     try:
         counts = [(int(trial), int(n)) for trial, n in json.loads(metadata["images"])]

@@ -42,7 +42,7 @@ def fished(truth: Batch, kind: str = "gradient", **settings: int) -> tuple[nn.Mo
         return train(model, truth, TASK, recipe, torch.Generator().manual_seed(0))[0]
 
     attack = ATTACKS["fishing"](**settings)
-    model, update = attack.interrogate(attack.implant(MODEL, TASK, truth), ask, TASK, recipe)
+    model, update = attack.query(attack.implant(MODEL, TASK, truth), ask, TASK, recipe)
     return model, update, sent
 
 

@@ -11,7 +11,7 @@ from report.page.images import Pair
 from report.page.load import Run
 from report.page.words import badge, command, setting, title
 
-BEST_PSNR = 50.0  # dB, the end of the scale of a bar: higher cannot be told apart by eye
+BEST_PSNR = 50.0  # dB, the end of the scale of a bar: higher values look the same
 
 THREATS = {
     "honest-but-curious": "The server follows the protocol and looks at what it receives.",
