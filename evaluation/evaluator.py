@@ -130,14 +130,7 @@ def score_trial(
         null = _null(truth, examples, labels is not None, context, context.candidates, trial)
         for i, row in enumerate(rows):
             row["null_psnr"] = None if null is None else statistics.fmean(draw[i] for draw in null["psnr"])
-    record: dict[str, Any] = {
-        "iterations": rec.iterations,
-        "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
-        "objective": None if found is None else {k: _finite_or_none(v) for k, v in asdict(found).items()},
-        "status": status_of(rec, found, _determined_recovered(rows, recoverable)),
-        "restarts": rec.restarts,
-        "trace": thin(rec.trace),
-    }
+    record = record_of(rec, found, _determined_recovered(rows, recoverable))
     if null is not None:
         record["null"] = null | {"psnr": [round(value, 2) for draw in null["psnr"] for value in draw]}
     if recoverable is not None:
@@ -152,6 +145,18 @@ def score_trial(
     if unrelated is not None:
         record["control"] = false_positive_rate(unrelated, rec, context)
     return TrialScore(rows, rebuilt, record)
+
+
+def record_of(rec: Reconstruction, found: Objectives | None, recovered: bool) -> dict[str, Any]:
+    """What trials.jsonl says of a reconstruction. recovered: whether it shows all that the update determines."""
+    return {
+        "iterations": rec.iterations,
+        "loss": _finite_or_none(rec.trace[-1]) if rec.trace else None,
+        "objective": None if found is None else {k: _finite_or_none(v) for k, v in asdict(found).items()},
+        "status": status_of(rec, found, recovered),
+        "restarts": rec.restarts,
+        "trace": thin(rec.trace),
+    }
 
 
 def _determined_recovered(rows: Sequence[Mapping[str, Any]], recoverable: Tensor | None) -> bool:

@@ -6,7 +6,6 @@ records one to one, for the most cells right (Hungarian algorithm). docs/tables.
 """
 
 import itertools
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,12 @@ from torch import Tensor
 from core.domain import TabularDomain
 from core.protocol import Batch, Reconstruction
 from evaluation.candidates import Candidates
-from evaluation.evaluator import ScoringContext, TrialScore
+from evaluation.evaluator import ScoringContext, TrialScore, record_of
 from evaluation.identification import ranks
 from evaluation.intervals import mean_interval, share_interval
-from evaluation.objective import status_of
 from evaluation.pairing import assign, labels_right
 from evaluation.scoring import SCORINGS, Scoring
-from evaluation.summary import QUANTILES, identified_share, quantiles, thin, unit_kind, unit_of
+from evaluation.summary import QUANTILES, identified_share, quantiles, unit_kind, unit_of
 
 TOLERANCE = 0.319  # standard deviations
 GROUPS = 10  # of cells by certainty, for its calibration
@@ -89,14 +87,7 @@ def score_records(
         )
         if certainty is not None and pairs[i] is not None:
             rows[-1]["certainty"] = [round(p, 4) for p in certainty[pairs[i]].tolist()]
-    record: dict[str, Any] = {
-        "iterations": rec.iterations,
-        "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
-        "objective": None,
-        "status": status_of(rec, None, all(row["match"] is not None and row["cells_right"] == 1 for row in rows)),
-        "restarts": rec.restarts,
-        "trace": thin(rec.trace),
-    }
+    record = record_of(rec, None, all(row["match"] is not None and row["cells_right"] == 1 for row in rows))
     if context.candidates is not None:
 
         def between(a: Tensor, b: Tensor) -> Tensor:

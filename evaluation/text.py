@@ -5,7 +5,6 @@ token of a language model has no gradient: it is left out of all scores but `las
 equations.
 """
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,13 @@ from torch import Tensor
 from core.protocol import Batch, Reconstruction
 from evaluation.baselines import Baselines
 from evaluation.candidates import Candidates
-from evaluation.evaluator import ScoringContext, TrialScore
+from evaluation.evaluator import ScoringContext, TrialScore, record_of
 from evaluation.identification import ranks
 from evaluation.intervals import mean_interval, share_interval
 from evaluation.metrics import compare, metric
-from evaluation.objective import status_of
 from evaluation.pairing import assign
 from evaluation.scoring import SCORINGS, Scoring
-from evaluation.summary import QUANTILES, identified_share, quantiles, thin, unit_kind, unit_of
+from evaluation.summary import QUANTILES, identified_share, quantiles, unit_kind, unit_of
 
 
 @metric("token_accuracy", domain="text")
@@ -107,14 +105,7 @@ def score_text(
             row |= place
             row["null_token_accuracy"] = None if null is None else null["token_accuracy"][i]
             row["null_bag_recall"] = None if null is None else null["bag_recall"][i]
-    record: dict[str, Any] = {
-        "iterations": rec.iterations,
-        "loss": rec.trace[-1] if rec.trace and math.isfinite(rec.trace[-1]) else None,
-        "objective": None,
-        "status": status_of(rec, None, all(row["match"] is not None and row["token_accuracy"] == 1 for row in rows)),
-        "restarts": rec.restarts,
-        "trace": thin(rec.trace),
-    }
+    record = record_of(rec, None, all(row["match"] is not None and row["token_accuracy"] == 1 for row in rows))
     if null is not None:
         record["null"] = null
     return TrialScore(rows, rebuilt, record)

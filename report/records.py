@@ -8,9 +8,22 @@ from torch import Tensor
 
 from core.domain import Domain
 from evaluation.records import MOST, TOLERANCE
-from evaluation.verdict import identifies, outcome
-from report.tables import ENTRIES, VIEWS, Entry, Summary, View, interval, mean_std, number, plural, share, table
-from utils.files import write_atomically
+from evaluation.verdict import outcome
+from report.tables import (
+    ENTRIES,
+    VIEWS,
+    Entry,
+    Summary,
+    View,
+    identified_in_words,
+    interval,
+    mean_std,
+    number,
+    plural,
+    share,
+    table,
+)
+from utils.files import write_bytes
 
 _SHARED = (
     *("labels right", "identified", "missed", "status"),
@@ -86,13 +99,8 @@ def verdict(summary: Summary) -> str:
         f"{number(summary['baseline_cells_right'])} by mean and mode",
         f"{round(summary['success_rate'] * count)} of {plural(count, 'record')} with {MOST:.0%} of the cells right",
     ]
-    found = summary.get("identified")
-    if found is not None:
-        sure = f", p = {found['p_value']:.1g}" if identifies(summary) else ""
-        parts.append(
-            f"{round(found['share'] * count)} identified among {found['candidates']} candidates "
-            f"(chance {found['chance']:.3f}{sure})"
-        )
+    if summary.get("identified") is not None:
+        parts.append(identified_in_words(summary))
     if summary.get("over_null") is not None:
         parts.append(f"{interval(summary['over_null'])} cells over the null")
     known = outcome(summary)
@@ -121,8 +129,7 @@ def write_page(
         lines += [table(["column", "truth", "rebuilt", "right"], [[*c[:3], "yes" if c[3] else ""] for c in cells]), ""]
     if len(truth) > most:
         lines.append(f"The first {most} of {len(truth)} records.")
-    text = "\n".join(lines) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 KEYS = ("cells", "baseline_cells")

@@ -421,13 +421,8 @@ def image_verdict(summary: Summary) -> str:
     parts = [f"{count} of {plural(images, 'image')} recovered (PSNR >= {RECOVERED_PSNR:g} dB)"]
     identified = summary.get("identified")
     if identified is not None:
-        hits = round(identified["share"] * images)
         others = "its class" if identified["by_class"] else "all classes"
-        sure = f", p = {identified['p_value']:.1g}" if identifies(summary) else ""
-        parts.append(
-            f"{hits} identified among {identified['candidates']} candidates of {others} "
-            f"(chance {identified['chance']:.3f}{sure})"
-        )
+        parts.append(identified_in_words(summary, f" of {others}"))
     compared = [
         f"PSNR {interval(gain)} dB over {baseline}"
         for gain, baseline in (
@@ -445,6 +440,14 @@ def image_verdict(summary: Summary) -> str:
         if found == "too few updates to tell":
             start += f" ({plural(summary['units'], summary['unit'])})"
     return f"{start}: {'; '.join([*parts, *compared])}{_comparison_in_words(summary)}{_why_not(summary, found)}."
+
+
+def identified_in_words(summary: Summary, kind: str = "") -> str:
+    """How many victims are identified. kind: which candidates, such as " of its class"."""
+    found = summary["identified"]
+    hits = round(found["share"] * summary["images"])
+    sure = f", p = {found['p_value']:.1g}" if identifies(summary) else ""
+    return f"{hits} identified among {found['candidates']} candidates{kind} (chance {found['chance']:.3f}{sure})"
 
 
 def _why_not(summary: Summary, found: str | None) -> str:

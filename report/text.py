@@ -7,9 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from core.domain import Domain
-from evaluation.verdict import identifies, outcome
-from report.tables import ENTRIES, VIEWS, Entry, Summary, View, interval, mean_std, number, plural, share
-from utils.files import write_atomically
+from evaluation.verdict import outcome
+from report.tables import (
+    ENTRIES,
+    VIEWS,
+    Entry,
+    Summary,
+    View,
+    identified_in_words,
+    interval,
+    mean_std,
+    number,
+    plural,
+    share,
+)
+from utils.files import write_bytes
 
 _SHARED = ("identified", "missed", "status", "test accuracy", "training loss", "seconds", "granted (oracle)")
 _shared = {entry.label: entry for entry in ENTRIES if entry.label in _SHARED}
@@ -90,13 +102,8 @@ def verdict(summary: Summary) -> str:
         f"({summary['tokens']} tokens each)",
         f"{number(summary['token_accuracy']['mean'])} of all tokens right",
     ]
-    found = summary.get("identified")
-    if found is not None:
-        sure = f", p = {found['p_value']:.1g}" if identifies(summary) else ""
-        parts.append(
-            f"{round(found['share'] * count)} identified among {found['candidates']} candidates "
-            f"(chance {found['chance']:.3f}{sure})"
-        )
+    if summary.get("identified") is not None:
+        parts.append(identified_in_words(summary))
     if summary.get("over_null") is not None:
         parts.append(f"{interval(summary['over_null'])} tokens over the null")
     known = outcome(summary)
@@ -126,8 +133,7 @@ def write_page(
         lines.append(
             "The last word of a sentence has no gradient in these layers: … stands for it, and it is not scored."
         )
-    text = "\n".join(lines) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
 def _marked(truth: Tensor, guess: Tensor, scored: int, domain: Domain) -> str:

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flwr>=1.41,<2'")
 
 from flwr.app import ArrayRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 from core.errors import UsageError
 from core.protocol import Batch, Recipe, image_task
@@ -23,6 +20,7 @@ from federated.client import train
 from federated.flower import capturing
 from federated.server import aggregate
 from models import build
+from tests.flower_grid import LocalGrid
 
 TASK = image_task((1, 4, 4), 3)
 RECIPE = Recipe(2, local_epochs=2, lr=0.1)
@@ -43,59 +41,29 @@ def update_of(model: torch.nn.Module, node: int) -> Any:
     return train(model, data_of(node), TASK, RECIPE, torch.Generator().manual_seed(node))[0]
 
 
-class LocalGrid(Grid):
-    """Flower's messages without a network: each node trains in this process, and the replies come in any order."""
-
-    def __init__(self, failing: frozenset[int] = frozenset()) -> None:
-        self.failing = failing
-
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        return None
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(NODES)
-
-    def get_nodes(self) -> Any:
-        raise NotImplementedError
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return [self.reply(message) for message in messages]
-
-    def reply(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
-        if node in self.failing:
-            return Message(Error(code=1, reason="the node died"), reply_to=message)
-        model = network()
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        update = update_of(model, node)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.sub_(update.tensors[name])
-        metrics = MetricRecord({"num-examples": update.num_examples})
-        content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
-        return Message(content, reply_to=message)
+def reply(message: Message, failing: frozenset[int]) -> Message:
+    """What a node that trains in this process sends; an error if it is one of `failing`."""
+    node = message.metadata.dst_node_id
+    if node in failing:
+        return Message(Error(code=1, reason="the node died"), reply_to=message)
+    model = network()
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    update = update_of(model, node)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.sub_(update.tensors[name])
+    metrics = MetricRecord({"num-examples": update.num_examples})
+    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+    return Message(content, reply_to=message)
 
 
 def federated(folder: Path, rounds: int, failing: frozenset[int] = frozenset()) -> torch.nn.Module:
     """The global model after some rounds of a capturing strategy."""
-    # what Flower sets in a server's process before a ServerApp runs
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    grid = LocalGrid(NODES, lambda messages: [reply(message, failing) for message in messages])
     strategy = capturing(FedAvg(fraction_evaluate=0.0), folder, network(), **FACTS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = strategy.start(LocalGrid(failing), ArrayRecord(network().state_dict()), num_rounds=rounds)
+        result = strategy.start(grid, ArrayRecord(network().state_dict()), num_rounds=rounds)
     model = network()
     model.load_state_dict(result.arrays.to_torch_state_dict())
     return model

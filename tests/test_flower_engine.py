@@ -44,42 +44,19 @@ def session() -> tuple[Session, list[dict[str, Any]]]:
 def in_this_process(server: Any, client: Any, clients: int) -> None:
     """A ServerApp and a ClientApp with Flower's own messages and without Ray; replies come in any order."""
     from flwr.app import Context, Message, RecordDict
-    from flwr.serverapp import Grid
-    from flwr.supercore.task_identity import TaskIdentity
 
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    from tests.flower_grid import LocalGrid
+
     nodes = {2**63 - 10 * k: k for k in range(clients)}
 
-    class Local(Grid):
-        def set_run(self, run: Any) -> None: ...
-
-        @property
-        def run(self) -> Any:
-            return None
-
-        def create_message(self, *args: Any, **kwargs: Any) -> Message:
-            raise NotImplementedError
-
-        def get_node_ids(self) -> Iterable[int]:
-            return list(nodes)
-
-        def get_nodes(self) -> Any:
-            raise NotImplementedError
-
-        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            raise NotImplementedError
-
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            raise NotImplementedError
-
-        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-            replies = [client(message, context(message.metadata.dst_node_id)) for message in messages]
-            return random.sample(replies, len(replies))
+    def answer(messages: Iterable[Message]) -> list[Message]:
+        replies = [client(message, context(message.metadata.dst_node_id)) for message in messages]
+        return random.sample(replies, len(replies))
 
     def context(node: int) -> Context:
         return Context(1, node, {"partition-id": nodes[node]}, RecordDict(), {})
 
-    server(Local(), context(next(iter(nodes))))
+    server(LocalGrid(nodes, answer), context(next(iter(nodes))))
 
 
 @needs_flower
