@@ -171,8 +171,10 @@ class Fishing(Attack):
         model, n = observation.model, observation.update.num_examples
         tensors = self.mean(model, observation.update, observation.task, observation.recipe)
         chosen, (*_, weight_name, bias_name) = chosen_class(model), tensors
+        if not all(t.isfinite().all() for t in tensors.values()):
+            return failed_reconstruction(observation)
         count = round(-n * tensors[bias_name][chosen].item())
-        if count < 1 or not all(t.isfinite().all() for t in tensors.values()):
+        if count < 1:
             return failed_reconstruction(observation)
         scaled = {name: n / count * t for name, t in tensors.items()}
         # the head's other rows hold the gradient of all examples; that of class c follows from p_j = 1 / (C - 1)

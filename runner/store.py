@@ -114,7 +114,7 @@ class Store:
         """All true examples and reconstructions (N, *shape), in the order of the rows."""
         parts = [_load(self._part(t["trial"])) for t in self.trials()]
         if any(part is None for part in parts):
-            raise OSError(errno.ENOENT, "A finished trial was removed or damaged", str(self._parts))
+            raise OSError(errno.ENOENT, "A finished trial was removed or damaged, or cannot be read", str(self._parts))
         truth, rebuilt = (torch.cat([p[key] for p in parts if p]) for key in ("truth", "reconstruction"))
         return truth, rebuilt
 

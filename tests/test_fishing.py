@@ -1,6 +1,8 @@
 """Fishing: which example's gradient is left, and that nothing of the others is."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from attacks import ATTACKS
 from core.errors import UsageError
-from core.protocol import Batch, Recipe, Update, image_task
+from core.protocol import Batch, Observation, Recipe, Update, image_task
 from core.rng import stream
 from defenses.detect import detect
 from evaluation.bounds import recoverable_mask
@@ -116,6 +118,20 @@ def test_few_queries_leave_a_class() -> None:
     assert len(sent) == 2
     assert round(-5 * update.tensors["head.bias"][1].item()) == 2
     assert isolated(model).isnan()
+
+
+def test_an_update_that_is_not_finite_isolates_nothing() -> None:
+    attack = ATTACKS["fishing"]()
+    truth = batch([0, 1, 1, 2])
+    recipe = Recipe(4, lr=0.01)
+
+    def ask(model: nn.Module) -> Update:
+        update = one_gradient(model, truth)
+        return replace(update, tensors={name: t * math.nan for name, t in update.tensors.items()})
+
+    model, update = attack.query(attack.implant(MODEL, TASK, truth), ask, TASK, recipe)
+    assert isolated(model).isnan()
+    assert attack.reconstruct(Observation(TASK, recipe, model, update), torch.Generator()).status == "diverged"
 
 
 def test_a_client_finds_the_hook() -> None:

@@ -447,6 +447,10 @@ def test_the_command_line_writes_the_page_or_one_line(
         report.__main__.main()
     said = capsys.readouterr()
     assert not said.out and said.err == f"error: --output: there is no folder {tmp_path / 'no'}\n"
+    monkeypatch.setattr(sys, "argv", ["report", run, "-o", ""])
+    with pytest.raises(SystemExit, match="2"):
+        report.__main__.main()
+    assert capsys.readouterr().err == "error: --output: name a file, such as report.html\n"
     monkeypatch.setattr(sys, "argv", ["report", run, "--to", str(tmp_path / "to")])
     report.__main__.main()
     assert "PSNR (dB)" in capsys.readouterr().out and (tmp_path / "to" / "table.md").is_file()

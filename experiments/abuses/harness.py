@@ -13,11 +13,14 @@ import runpy
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from core.paths import ROOT
 
@@ -136,6 +139,7 @@ def _enter(folder: Path, environment: Mapping[str, str]) -> None:
     import tempfile
 
     tempfile.tempdir = None
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared by forks, and a case that dies may hold it
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
@@ -169,6 +173,8 @@ def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome
         hard = "half-written results"
     elif wrong := _wrong_results(case, folder, code):
         hard = wrong
+    elif code == 2 and 120 in case.codes and not lines:
+        pass  # a run whose streams are lost can say nothing
     elif code == 2 and case.words and (len(lines) != 1 or not lines[0].startswith("error: ")):
         soft = f"{len(lines)} lines: {' / '.join(lines)[:200]}"
     elif code == 2 and lines and not lines[0].isprintable():

@@ -249,7 +249,7 @@ def environments(prepared: Prepared) -> Iterator[Case]:
             own = functools.partial(inside, stream)
             yield Case("h", f"stream {stream} {name}", words, inside=own, resumes=True, codes=LOST)
     yield Case("h", "a working directory that is gone", words, inside=_gone, codes=(2,))
-    yield Case("h", "few open files", words, inside=_few_files)
+    yield Case("h", "few open files", words, inside=_few_files, resumes=True)
     for limit in (1, 16, 64, 256):
         yield Case("h", f"{limit} MB of memory", words, inside=_little_memory(limit), codes=(0, 1, 2), resumes=True)
     for module in ("random.py", "torch.py", "data.py", "utils.py", "tempfile.py"):

@@ -54,7 +54,8 @@ def mark(model: nn.Module, update: Update) -> None:
     head, chosen = _head(model), chosen_class(model)
     count = -update.num_examples * bias[chosen]
     mean = update.num_examples * -(weight[chosen] @ head.weight[chosen].detach())
-    head.register_buffer("isolated", mean if round(count.item()) == 1 else mean * math.nan, persistent=False)
+    alone = abs(count.item() - 1) <= 0.5  # False for an update that is not finite
+    head.register_buffer("isolated", mean if alone else mean * math.nan, persistent=False)
 
 
 def isolated(model: nn.Module) -> Tensor:

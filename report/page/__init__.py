@@ -24,6 +24,8 @@ def write_page(paths: Sequence[Path], output: Path, show_victims: bool = False) 
     if not runs:
         raise UsageError(f"there is no finished run in {', '.join(map(str, paths))}")
     text = page(runs, left_out, show_victims)
+    if not output.name:
+        raise UsageError("`output`: name a file, such as report.html")
     if not output.parent.is_dir():
         raise UsageError(f"`output`: there is no folder {output.parent}")
     write_bytes(output, text.encode("utf-8", "replace"))
