@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and digests depend on content alone."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_the_path_holds_the_old_content_while_the_new_is_written(tmp_path: Path)
 
     write_atomically(path, write)
     assert path.read_text() == "new"
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="Not a regular file"):
+        write_json(pipe, {})
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_json_holds_paths_as_strings(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     `write` is given a temporary path beside `path`, with ".tmp" behind its name; a writer that chooses the format by
     the suffix must be told the format. The content is on the disk before the name changes, and the new name is on the
-    disk before this returns. Whatever `write` raises is raised, and `path` is then unchanged. Two processes must not
-    write the same path at the same time.
+    disk before this returns. Whatever `write` raises is raised, and `path` is then unchanged. OSError is raised if
+    `path` is a device, a pipe or a socket. Two processes must not write the same path at the same time.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # it would be replaced like a file
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         write(temporary)

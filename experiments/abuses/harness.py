@@ -167,6 +167,8 @@ def judge(case: Case, folder: Path, code: int | None, seconds: float) -> Outcome
         hard = "traceback: " + lines[-1][:200]
     elif code not in case.codes:
         hard = f"exit code {code}"
+    elif not Path("/dev/full").is_char_device():
+        hard = "a file stands in place of the device /dev/full"
     elif list(folder.rglob("executed")):
         hard = "a command of a stranger was run"
     elif code == 2 and not case.resumes and case.page in PAGES and _wrote(out, case.page):
