@@ -37,7 +37,7 @@ class DLG(LbfgsInversion):
         matcher = GradientMatcher(observation, self.update_model)
         granted = observation.granted.get("labels")
         if granted is not None:
-            return self.invert(matcher, rng, labels=granted)
+            return self.invert(observation, rng, labels=granted)
 
         def logits(run: int) -> Tensor:
             noise = torch.randn(matcher.num_examples, observation.task.num_classes, generator=rng)
@@ -49,4 +49,4 @@ class DLG(LbfgsInversion):
                 return 0.1 * noise
             return 5.0 * F.one_hot(labels, observation.task.num_classes).to(noise)
 
-        return self.invert(matcher, rng, logits=logits)
+        return self.invert(observation, rng, logits=logits)

@@ -47,7 +47,8 @@ class IDLG(LbfgsInversion):
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
         matcher = GradientMatcher(observation, self.update_model)
         granted = observation.granted.get("labels")
-        return self.invert(matcher, rng, labels=self._infer(observation, matcher) if granted is None else granted)
+        labels = self._infer(observation, matcher) if granted is None else granted
+        return self.invert(observation, rng, labels=labels)
 
     def _infer(self, observation: Observation, matcher: GradientMatcher) -> Tensor | None:
         """Labels (N,) in ascending order."""

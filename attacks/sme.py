@@ -15,7 +15,8 @@ own local steps, without derivatives, and the difference is subtracted until the
 
 with s the surrogate's gradient and u the client's update, both rescaled to the length of the observed update. At a
 fixed point s - e = u, so the objective equals the unrolled attack's, while each iteration differentiates through one
-gradient only.
+gradient only. Where returned BatchNorm buffers reveal the mean statistics of the local steps (matching/statistics.py),
+those of the surrogate are matched as well, with the same correction.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from attacks.matching.features import FeatureInversion
 from attacks.matching.matcher import GradientMatcher, note_adam
 from attacks.matching.runs import to_reconstruction
 from attacks.matching.signed_inversion import MatchingObjective
+from attacks.matching.statistics import MatchedStatistics, matched_statistics
 from attacks.optim.loop import State
 from core.hyperparameters import hp
 from core.protocol import Observation, Recipe, Reconstruction, Task
@@ -87,10 +89,21 @@ class SME(FeatureInversion):
         labels = infer_labels(matcher.mean_gradient, observation, rng)
         if not several:
             return to_reconstruction(self.runs(observation, labels, make, rng))
+        statistics = None
+        if self.statistics_weight:
+            statistics = matched_statistics(observation, observation.recipe.steps(update.num_examples))
+        if statistics is not None:
+            matcher = statistics.matcher(make)
         corrections = range(self.iterations // 10, self.iterations, self.correction_interval or self.iterations)
         delta = update.ordered(observation.model)
         objective = Surrogate(
-            matcher, delta, self.alpha, self.alpha_lr, corrections if self.correction_interval else range(0)
+            matcher,
+            delta,
+            self.alpha,
+            self.alpha_lr,
+            corrections if self.correction_interval else range(0),
+            statistics,
+            self.statistics_weight,
         )
         return to_reconstruction(self.descend(objective, labels, rng))
 
@@ -98,13 +111,22 @@ class SME(FeatureInversion):
 class Surrogate(MatchingObjective):
     """The cosine distance at one model between the one broadcast and the one returned, corrected every few iterations.
 
-    `corrections` are the iterations at which the surrogate is corrected at the current guess.
+    `corrections` are the iterations at which the surrogate is corrected at the current guess. `statistics`, at their
+    weight, are those of all local steps; the surrogate's are of one batch with all examples.
     """
 
     def __init__(
-        self, matcher: GradientMatcher, delta: Sequence[Tensor], alpha: float, alpha_lr: float, corrections: range
+        self,
+        matcher: GradientMatcher,
+        delta: Sequence[Tensor],
+        alpha: float,
+        alpha_lr: float,
+        corrections: range,
+        statistics: MatchedStatistics | None = None,
+        statistics_weight: float = 0.0,
     ) -> None:
         super().__init__(matcher)
+        self.statistics, self.statistics_weight = statistics, statistics_weight
         self.delta = matcher.meta.to_memory_format(delta)
         self.alpha = Variable(torch.tensor(alpha), alpha_lr, lambda value: value.clamp(0, 1))
         self.corrections = corrections
@@ -124,10 +146,17 @@ class Surrogate(MatchingObjective):
         gradient = self._gradient(examples, labels, *extra)
         if self.error is not None:
             gradient = tuple(s - e for s, e in zip(self._rescaled(gradient), self.error, strict=True))
-        return cosine_distance(gradient, self.matcher.target)
+        distance = cosine_distance(gradient, self.matcher.target)
+        if self.statistics is None:
+            return distance
+        found = self.statistics.of_one_batch()
+        if self.moved:
+            found = [(m - dm, v - dv) for (m, v), (dm, dv) in zip(found, self.moved, strict=True)]
+        return distance + self.statistics_weight * self.statistics.misfit(found)
 
     def start(self) -> None:
         self.error: list[Tensor] | None = None
+        self.moved: list[tuple[Tensor, Tensor]] = []  # statistics: the surrogate's minus those of the local steps
         self.corrected_at: tuple[Tensor, ...] | None = None  # the variables at the last correction
 
     def prepare(self, state: State) -> None:
@@ -147,8 +176,11 @@ class Surrogate(MatchingObjective):
         examples = self.matcher.task.domain.from_model(x)
         self.error = None
         surrogate = self._rescaled(self._gradient(examples, self.labels, *extra))
+        ours = self.statistics.of_one_batch() if self.statistics is not None else []
         client = self._rescaled(self.matcher.simulate(examples, self.labels, *extra[1:]))
+        theirs = self.statistics.of_steps() if self.statistics is not None else []
         self.error = [s - u for s, u in zip(surrogate, client, strict=True)]
+        self.moved = [(m - n, v - w) for (m, v), (n, w) in zip(ours, theirs, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"corrected_at": self.corrected_at}

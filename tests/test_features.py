@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from attacks import ATTACKS
 from attacks.matching.layer_inputs import determined_inputs
-from attacks.matching.statistics import batch_statistics, local_steps, statistics_of
+from attacks.matching.matcher import GradientMatcher
+from attacks.matching.statistics import batch_statistics, local_steps, matched_statistics, statistics_of
 from core.protocol import Batch, Observation, Recipe, image_task
 from evaluation.metrics import psnr
 from federated.client import gradient, train
@@ -135,3 +137,43 @@ def test_a_client_in_eval_mode_reveals_no_statistics() -> None:
     assert local_steps(net, update.buffers) == 0
     assert batch_statistics(net, update.buffers) == []
     assert batch_statistics(net, dataclasses.replace(update, buffers={}).buffers) == []
+
+
+def after_five_steps(momentum: float | None) -> tuple[Batch, Observation]:
+    """Two images, and what a server sees after five local steps in train mode."""
+    net = network(norm=True)
+    for layer in (net[1], net[5]):
+        layer.momentum = momentum
+        layer.running_mean.uniform_(-1, 1)
+    recipe = Recipe(2, local_epochs=5, lr=0.05, model_mode="train")
+    truth = Batch(smooth_pictures(2, 8, seed=2), torch.tensor([0, 3]))
+    update, _ = train(net, truth, TASK, recipe, torch.Generator().manual_seed(0))
+    return truth, Observation(TASK, recipe, net, update)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_only_the_true_images_explain_the_statistics_of_several_steps(momentum: float | None) -> None:
+    truth, observation = after_five_steps(momentum)
+    assert matched_statistics(observation, 4) is None
+    statistics = matched_statistics(observation, 5)
+    assert statistics is not None
+    matcher = statistics.matcher(partial(GradientMatcher, update_model="unrolled"))
+    misfits = []
+    for examples in (truth.examples, 1 - truth.examples):
+        matcher.simulate(examples, truth.labels)
+        misfits.append(statistics.misfit(statistics.of_steps()).item())
+    assert misfits[0] < 1e-9
+    assert misfits[1] > 1e-3
+
+
+@pytest.mark.parametrize("attack", ["ig_multi", "sme", "dlg"])
+def test_statistics_of_several_steps_move_an_attack(attack: str) -> None:
+    truth, observation = after_five_steps(0.1)
+    observation = dataclasses.replace(observation, granted={"labels": truth.labels})
+    found = [
+        ATTACKS[attack](iterations=12, statistics_weight=weight)
+        .reconstruct(observation, torch.Generator().manual_seed(0))
+        .examples
+        for weight in (0.0, 1.0)
+    ]
+    assert not torch.equal(*found)

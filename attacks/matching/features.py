@@ -4,29 +4,27 @@
     x*  = argmin_{x valid}  1 - cos(g^, g*) + w R(x) + v S(x) + a TV(x),    started at x_0
 
 with f_l* the inputs of those layers for which the gradient of one example determines them (layer_inputs.py), and S the
-distance of BatchNorm's batch statistics from those that the returned buffers reveal (statistics.py). The first problem
-needs no second derivatives. It is also better conditioned: a layer's input depends on the example through the layers
-before it, a gradient through all layers twice.
+distance of BatchNorm's batch statistics, over all local steps, from those that the returned buffers reveal
+(statistics.py). The first problem needs no second derivatives. It is also better conditioned: a layer's input depends
+on the example through the layers before it, a gradient through all layers twice.
 """
 
-import copy
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.matching.distances import add_balanced
 from attacks.matching.joint import JointObjective
-from attacks.matching.layer_inputs import LayerInput, determined_inputs, input_subspaces
+from attacks.matching.layer_inputs import InputSubspace, LayerInput, determined_inputs, input_subspaces
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
-from attacks.matching.statistics import batch_statistics
+from attacks.matching.statistics import MatchedStatistics, matched_statistics
+from attacks.matching.watched import Watched
 from attacks.optim.adam import Adam
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
 from attacks.optim.tracker import current_tracker
@@ -37,15 +35,6 @@ PROBES = 4  # smooth random examples that show which positions of a layer's outp
 STEP = 0.1  # of Adam in the first problem, in the model's units, falling as half a cosine
 
 MakeMatcher = Callable[[Observation], GradientMatcher]
-
-
-class Known(Protocol):
-    """What is known of one layer's input."""
-
-    layer: str
-
-    def distance(self, features: Tensor) -> Tensor:
-        """How far inputs (N, *shape) are from it: ()."""
 
 
 @hyperparameters
@@ -65,7 +54,7 @@ class FeatureInversion(SignedInversion):
         300, "steps that invert these layer inputs alone, for the start of the first run; 0: none", ge=0, smoke=3
     )
     statistics_weight: float = hp(
-        0.1, "weight of the distance of batch statistics that returned BatchNorm buffers reveal after one step", ge=0
+        0.1, "weight of the distance of batch statistics that returned BatchNorm buffers reveal", ge=0
     )
 
     def runs(self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator) -> list[Run]:
@@ -86,23 +75,23 @@ class FeatureInversion(SignedInversion):
     ) -> MatchingObjective:
         """The cosine distance of `make(observation)`, with what the update determines beyond it, if anything."""
         matcher, model = make(observation), observation.model
-        statistics = batch_statistics(model, observation.update.buffers) if not matcher.unrolled else []
-        groups: list[tuple[float, Sequence[Known]]] = []
-        if self.statistics_weight and statistics and statistics[0].steps == 1:
-            groups.append((self.statistics_weight, statistics))
-        inputs: Sequence[Known] = []
+        inputs: Sequence[LayerInput] | Sequence[InputSubspace] = []
         domain = observation.task.domain
         finite = all(t.isfinite().all() for t in matcher.mean_gradient)
         if self.feature_weight and not matcher.unrolled and domain.name == "image" and finite:
             probes = domain.to_model(_smooth_images(domain.shape).to(matcher.target[0]))
             known = model, matcher.mean_gradient, probes, int(labels[0])
-            inputs = determined_inputs(*known) if len(labels) == 1 else []
-            groups.append((self.feature_weight, inputs or input_subspaces(*known, len(labels))))
-        groups = [(weight, group) for weight, group in groups if group]
-        if not groups:
+            inputs = (determined_inputs(*known) if len(labels) == 1 else []) or input_subspaces(*known, len(labels))
+        watched = Watched(observation, {entry.layer for entry in inputs})
+        statistics = None
+        if self.statistics_weight:
+            statistics = matched_statistics(watched.observation, len(matcher.batches) if matcher.unrolled else 1)
+        if not inputs and statistics is None:
             return MatchingObjective(matcher)
-        objective = KnownInputs(observation, groups, make)
-        if inputs and self.feature_iterations:
+        matcher = make(watched.observation) if statistics is None else statistics.matcher(make)
+        weights = self.feature_weight, self.statistics_weight
+        objective = KnownInputs(matcher, watched, inputs, statistics, weights)
+        if self.feature_iterations and any(isinstance(entry, LayerInput) for entry in inputs):
             invert = partial(objective.invert, labels, self.feature_iterations, self.tv, rng)
             objective.first_guess = current_tracker().run_segment(Run, rng, invert)
         return objective
@@ -113,23 +102,28 @@ def _jointly(objective: MatchingObjective, earlier: Sequence[GradientMatcher]) -
 
 
 class KnownInputs(MatchingObjective):
-    """The cosine distance of updates, plus for each group its weight times the mean distance of its layers' inputs."""
+    """The cosine distance of updates, plus at their weights the distances of layers' inputs and of their statistics.
+
+    `watched` stores the inputs of the layers that `inputs` are about. `weights` are those of inputs and of statistics.
+    """
 
     def __init__(
-        self, observation: Observation, groups: Sequence[tuple[float, Sequence[Known]]], make: MakeMatcher
+        self,
+        matcher: GradientMatcher,
+        watched: Watched,
+        inputs: Sequence[LayerInput] | Sequence[InputSubspace],
+        statistics: MatchedStatistics | None,
+        weights: tuple[float, float],
     ) -> None:
-        self.groups = groups
-        self.captured: dict[str, Tensor] = {}
-        model = copy.deepcopy(observation.model)
-        for name in {entry.layer for _, group in groups for entry in group}:
-            model.get_submodule(name).register_forward_pre_hook(_capture_in(self.captured, name))
-        super().__init__(make(dataclasses.replace(observation, model=model)))
+        super().__init__(matcher)
+        self.watched, self.inputs, self.statistics, self.weights = watched, inputs, statistics, weights
+        watched.take()  # what the matcher has tried
 
     @property
     def overdetermined(self) -> bool:
         """Whether some layer's input has at least as many entries that are not zero as an example has."""
         size = math.prod(self.matcher.task.domain.shape)
-        inputs = [entry for _, group in self.groups for entry in group if isinstance(entry, LayerInput)]
+        inputs = [entry for entry in self.inputs if isinstance(entry, LayerInput)]
         return any(int((x.direction > 1e-4 * x.direction.max()).sum()) >= size for x in inputs)
 
     def distance(self, examples: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
@@ -138,11 +132,14 @@ class KnownInputs(MatchingObjective):
 
     def distance_of_inputs(self) -> Tensor:
         """The weighted distances of the examples that went through the model last."""
-        found = [
-            weight * torch.stack([entry.distance(self.captured[entry.layer]) for entry in group]).mean()
-            for weight, group in self.groups
-        ]
-        self.captured.clear()
+        taken, found = self.watched.take(), []
+        if self.inputs:
+            own = [entry.distance(torch.cat(taken[entry.layer])) for entry in self.inputs]
+            found.append(self.weights[0] * torch.stack(own).mean())
+        if self.statistics is not None:
+            unrolled = self.matcher.unrolled
+            moments = self.statistics.of_steps() if unrolled else self.statistics.of_one_batch()
+            found.append(self.weights[1] * self.statistics.misfit(moments))
         return torch.stack(found).sum()
 
     def invert(self, labels: Tensor, iterations: int, tv: float, rng: torch.Generator) -> Run:
@@ -193,15 +190,6 @@ def add_prior(
         return grad
     (prior_grad,) = torch.autograd.grad(regularizer(x), x)
     return add_balanced(grad, prior_grad, shares[iteration])
-
-
-def _capture_in(captured: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook that stores a layer's input. A function, because copies of a model share the functions of its hooks."""
-
-    def capture(_: nn.Module, args: tuple[Any, ...]) -> None:
-        captured[name] = args[0]
-
-    return capture
 
 
 def _smooth_images(shape: tuple[int, ...]) -> Tensor:

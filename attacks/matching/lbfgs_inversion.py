@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attacks.base import Attack, MatchingDistance
 from attacks.matching.matcher import UPDATE_MODEL_HELP, GradientMatcher, UpdateModel, check_update_model
 from attacks.matching.runs import Run, run_restarts, to_reconstruction
+from attacks.matching.statistics import MatchedStatistics, matched_statistics
 from attacks.optim.lbfgs import Lbfgs
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
 from core.errors import UsageError
@@ -23,20 +24,31 @@ REGULARIZER_FADE = (1.0, 0.1, 0.01)  # of its weight in the three phases of a ba
 class SquaredDistance(Objective):
     """||g^ - g*||^2, plus a regulariser whose weight changes with the phase; variables are examples and label logits.
 
-    Reports the distance alone, relative to ||g*||^2.
+    Reports the distance alone, relative to ||g*||^2. To it belong the statistics of BatchNorm, at their weight.
     """
 
     def __init__(
-        self, matcher: GradientMatcher, decode: Callable[[Tensor], Tensor], labels: Tensor | None, weights: list[float]
+        self,
+        matcher: GradientMatcher,
+        decode: Callable[[Tensor], Tensor],
+        labels: Tensor | None,
+        weights: list[float],
+        statistics: MatchedStatistics | None = None,
+        statistics_weight: float = 0.0,
     ) -> None:
         self.matcher, self.decode, self.labels = matcher, decode, labels
         self.weights = weights  # of the regulariser in each phase, relative to ||g*||^2
+        self.statistics, self.statistics_weight = statistics, statistics_weight
 
     def __call__(self, state: State) -> Evaluation:
         examples = self.decode(state.variables[0])
         unknowns = state.variables[1 if self.labels is not None else 2 :]
         labels = state.variables[1].softmax(1) if self.labels is None else self.labels
         distance = self.matcher.squared_distance(examples, labels, *unknowns)
+        if self.statistics is not None:
+            moments = self.statistics.of_steps() if self.matcher.unrolled else self.statistics.of_one_batch()
+            misfit = self.statistics_weight * self.statistics.misfit(moments)
+            distance = distance + self.matcher.target_norm_sq * misfit
         weight = self.weights[state.phase] * self.matcher.target_norm_sq
         loss = distance + weight * self.matcher.task.domain.smooth_regularizer(examples) if weight else distance
         found = torch.autograd.grad(loss, state.variables, allow_unused=True)
@@ -66,6 +78,7 @@ class LbfgsInversion(Attack):
         "tv": (0.0, "authors' main.py"),
         "patience": (0, "authors' main.py"),
         "tolerance": (0.0, "authors' main.py"),
+        "statistics_weight": (0.0, "as published"),
     }
 
     iterations: int = hp(800, "largest number of L-BFGS iterations in a run", ge=1, smoke=3)
@@ -95,6 +108,11 @@ class LbfgsInversion(Attack):
         "squared distance, relative to ||g*||^2, below which a run has converged; without effect with a regulariser",
         ge=0,
     )
+    statistics_weight: float = hp(
+        0.1,
+        "weight, relative to ||g*||^2, of the distance of batch statistics that returned BatchNorm buffers reveal",
+        ge=0,
+    )
     update_model: UpdateModel = hp("auto", UPDATE_MODEL_HELP)
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
@@ -109,7 +127,7 @@ class LbfgsInversion(Attack):
 
     def invert(
         self,
-        matcher: GradientMatcher,
+        observation: Observation,
         rng: torch.Generator,
         labels: Tensor | None = None,
         logits: Callable[[int], Tensor] | None = None,
@@ -119,15 +137,22 @@ class LbfgsInversion(Attack):
         Either `labels` (N,) are fixed, or `logits(run)` is where those of each run start (N, num_classes).
         """
         assert (labels is None) != (logits is None), "labels are fixed or optimised"
+        make = partial(GradientMatcher, update_model=self.update_model)
+        matcher, statistics = make(observation), None
+        if self.statistics_weight:
+            statistics = matched_statistics(observation, len(matcher.batches) if matcher.unrolled else 1)
+        if statistics is not None:
+            matcher = statistics.matcher(make)
         if not 0 < matcher.target_norm_sq < math.inf:  # an empty update, or local training that diverged
             examples = matcher.task.domain.project(matcher.task.domain.init(matcher.num_examples, rng))
             return Reconstruction(examples, labels, status="diverged")
-        run = partial(self._run, matcher, rng, labels, logits)
+        run = partial(self._run, matcher, statistics, rng, labels, logits)
         return to_reconstruction(run_restarts(self.restarts, rng, run, until_success=True))
 
     def _run(
         self,
         matcher: GradientMatcher,
+        statistics: MatchedStatistics | None,
         rng: torch.Generator,
         labels: Tensor | None,
         logits: Callable[[int], Tensor] | None,
@@ -165,7 +190,7 @@ class LbfgsInversion(Attack):
         ends = [self.iterations * (i + 1) // len(weights) for i in range(len(weights))]
         state = descend(
             variables,
-            SquaredDistance(matcher, decode, labels, weights),
+            SquaredDistance(matcher, decode, labels, weights, statistics, self.statistics_weight),
             Lbfgs(variables, self.lr, self.history, self.line_search == "strong_wolfe"),
             [Phase(rates=lambda i: (), until=end, should_stop=should_stop, from_best=True) for end in ends],
             rng,

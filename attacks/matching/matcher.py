@@ -69,6 +69,7 @@ class GradientMatcher:
             largest = max(map(len, self.batches))
         fast = fast_convs and self.dtype == torch.float32
         domain = observation.task.domain
+        self.checkpoint: bool | None = None  # local steps recomputed in the backward pass; None: where it saves memory
         self.meta = MetaModel(
             observation.model,
             recipe.model_mode,
@@ -108,7 +109,8 @@ class GradientMatcher:
             self.counter.model(self.meta.module, *unknowns)
         inputs = self.task.domain.to_model(examples)
         if self.unrolled:
-            delta = self.meta.train(inputs, labels, batches, self.recipe, create_graph=torch.is_grad_enabled())
+            graph = torch.is_grad_enabled()
+            delta = self.meta.train(inputs, labels, batches, self.recipe, graph, self.checkpoint)
             return tuple(d / self.total_step_weight for d in self.counter.forward(delta, *unknowns))
         ours = self._gradient(inputs, labels)
         return self.defended(ours if self.is_gradient else self.adam_direction(ours), *unknowns)

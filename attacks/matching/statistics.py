@@ -8,36 +8,60 @@ reveals
     b     = (r_T - (1 - m)^T r_0) / (1 - (1 - m)^T),    a mean over the T steps, weights proportional to (1 - m)^(T-1-s)
 
 With momentum None, r is the plain mean of all batches so far. The batch is normalised by the biased variance, which is
-b (N - 1) / N: the number of entries counts, not the number of images.
+b (N - 1) / N: the number of entries counts, not the number of images. A guess is compared by the same mean over the
+same steps: its statistics at the broadcast weights are not those of the later ones.
 
 Yin et al., See through Gradients, CVPR 2021, match statistics of the broadcast model. https://arxiv.org/abs/2104.07586
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from attacks.matching.matcher import GradientMatcher
+from attacks.matching.watched import Watched
+from core.protocol import Observation
+
 TINY = 1e-12
+MOST_STEPS = 50  # of a simulation that keeps every step's inputs in memory
 
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """Mean and unbiased variance (C,) of one layer's input, over a batch or as a weighted mean over T of them."""
+    """Mean and unbiased variance (C,) of one layer's input, as a mean over `steps` of them.
+
+    decay: weight of a step relative to that of the next one.
+    """
 
     layer: str
     mean: Tensor
     variance: Tensor
     steps: int
+    decay: float
 
     def biased_variance(self, entries: int) -> Tensor:
         """What the layer normalises by in one step, over `entries` entries of a channel (N H W)."""
         return self.variance * (entries - 1) / entries
 
-    def distance(self, features: Tensor) -> Tensor:
-        """Squared distance of the statistics of inputs (N, C, ...), relative to the observed variance: ()."""
-        mean, variance = statistics_of(features)
+    def over_steps(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance (C,) of the inputs (N, C, ...) of each step, with the steps' weights."""
+        assert len(features) == self.steps, f"{len(features)} steps, not {self.steps}"
+        shares = [self.decay**age for age in reversed(range(self.steps))]
+        mean, variance = (
+            torch.stack([share / sum(shares) * t for share, t in zip(shares, side, strict=True)]).sum(0)
+            for side in zip(*map(statistics_of, features), strict=True)
+        )
+        return mean, variance
+
+    def distance(self, *features: Tensor) -> Tensor:
+        """Squared distance of the statistics of the inputs of each step, relative to the observed variance: ()."""
+        return self.misfit(*self.over_steps(features))
+
+    def misfit(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Squared distance of a mean and a variance (C,), relative to the observed variance: ()."""
         of_mean = (mean - self.mean).square().sum() / self.variance.sum().clamp(min=TINY)
         of_variance = (variance - self.variance).square().sum() / self.variance.square().sum().clamp(min=TINY)
         return of_mean + of_variance
@@ -72,12 +96,51 @@ def batch_statistics(model: nn.Module, buffers: Mapping[str, Tensor]) -> list[Ba
             continue
         if layer.momentum is None:
             before = int(layer.num_batches_tracked or 0)
-            kept = before / (before + steps)
+            decay, kept = 1.0, before / (before + steps)
         else:
-            kept = (1 - layer.momentum) ** steps
+            decay = 1 - layer.momentum
+            kept = decay**steps
         pairs = ((layer.running_mean, "running_mean"), (layer.running_var, "running_var"))
         mean, variance = (
             ((buffers[f"{name}.{kind}"].double() - kept * old.double()) / (1 - kept)).to(old) for old, kind in pairs
         )
-        found.append(BatchStatistics(name, mean, variance.clamp(min=0), steps))
+        found.append(BatchStatistics(name, mean, variance.clamp(min=0), steps, decay))
     return found
+
+
+class MatchedStatistics:
+    """The statistics that returned buffers reveal, and those of a guess that goes through `observation`'s model."""
+
+    def __init__(self, observation: Observation, entries: Sequence[BatchStatistics]) -> None:
+        self.entries = entries
+        self._watched = Watched(observation, [entry.layer for entry in entries])
+
+    def matcher(self, make: Callable[[Observation], GradientMatcher]) -> GradientMatcher:
+        """The matcher that `make` builds, whose forward passes are compared from now on."""
+        found = make(self._watched.observation)
+        found.checkpoint = False  # statistics of every step need its graph
+        self._watched.take()
+        return found
+
+    def of_steps(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance of each layer over the forward passes since the last call, one for each step."""
+        taken = self._watched.take()
+        return [entry.over_steps(taken[entry.layer]) for entry in self.entries]
+
+    def of_one_batch(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance of each layer over the inputs of the forward passes since the last call, as one batch."""
+        taken = self._watched.take()
+        return [statistics_of(torch.cat(taken[entry.layer])) for entry in self.entries]
+
+    def misfit(self, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The mean over layers of `BatchStatistics.misfit`."""
+        pairs = zip(self.entries, found, strict=True)
+        return torch.stack([entry.misfit(*moments) for entry, moments in pairs]).mean()
+
+
+def matched_statistics(observation: Observation, steps: int) -> MatchedStatistics | None:
+    """What returned buffers reveal, if the client moved them in the number of steps that the attacker simulates."""
+    entries = batch_statistics(observation.model, observation.update.buffers)
+    known = entries and entries[0].steps == steps <= MOST_STEPS
+    finite = all(e.mean.isfinite().all() and e.variance.isfinite().all() for e in entries)
+    return MatchedStatistics(observation, entries) if known and finite else None
