@@ -5,6 +5,7 @@ right for a quarter of its cells. A category is right if it is the true one. Rec
 records one to one, for the most cells right (Hungarian algorithm). docs/tables.md has the equations.
 """
 
+import functools
 import itertools
 import statistics
 from collections import Counter
@@ -22,7 +23,7 @@ from evaluation.identification import ranks
 from evaluation.intervals import mean_interval, share_interval
 from evaluation.pairing import assign, labels_right
 from evaluation.scoring import SCORINGS, Scoring
-from evaluation.summary import QUANTILES, identified_share, quantiles, unit_kind, unit_of
+from evaluation.summary import QUANTILES, gain, identified_share, mean_of, null_of, quantiles, unit_kind, unit_of
 
 TOLERANCE = 0.319  # standard deviations
 GROUPS = 10  # of cells by certainty, for its calibration
@@ -135,16 +136,7 @@ def summarize_records(rows: Sequence[Row], trials: Sequence[Row], thresholds: Se
     """The numbers of summary.json: as `summary.summarize`. PSNR and the like are None; `thresholds` are unused."""
     units = [unit_of(r, number) for number, r in enumerate(rows)]
 
-    def mean(key: str) -> dict[str, Any] | None:
-        values = [r[key] for r in rows if r.get(key) is not None]
-        if not values or len(values) < len(rows):
-            return None
-        return mean_interval(values, units) | {"std": statistics.pstdev(values), "median": statistics.median(values)}
-
-    def gain(over: str) -> dict[str, Any] | None:
-        if not rows or any(r.get(over) is None for r in rows):
-            return None
-        return mean_interval([r["cells_right"] - r[over] for r in rows], units)
+    mean = functools.partial(mean_of, rows, units)
 
     def columns(key: str) -> list[float]:
         return [statistics.fmean(cells) for cells in zip(*(r[key] for r in rows), strict=True)]
@@ -154,7 +146,6 @@ def summarize_records(rows: Sequence[Row], trials: Sequence[Row], thresholds: Se
         return share_interval(hits, units) if hits else None
 
     labelled = [(bool(r["label_ok"]), unit) for r, unit in zip(rows, units, strict=True) if r["label_ok"] is not None]
-    nulls = [t["null"] for t in trials if t.get("null") is not None]
     found = recovered(MOST)
     return {
         "domain": "table",
@@ -175,19 +166,13 @@ def summarize_records(rows: Sequence[Row], trials: Sequence[Row], thresholds: Se
         "label_accuracy": statistics.fmean(float(ok) for ok, _ in labelled) if labelled else None,
         "labels": share_interval([ok for ok, _ in labelled], [unit for _, unit in labelled]) if labelled else None,
         "identified": identified_share(rows, units),
-        "null": {
-            "cells_right": statistics.fmean(v for n in nulls for v in n["cells_right"]),
-            "recovered": statistics.fmean(n["recovered"] for n in nulls),
-            "same_labels": all(n["labels"] for n in nulls),
-        }
-        if nulls and len(nulls) == len(trials)
-        else None,
-        "over_null": gain("null_cells_right"),
+        "null": null_of(trials, "cells_right"),
+        "over_null": gain(rows, units, "cells_right", "null_cells_right"),
         "baseline_psnr": None,
         "class_baseline_psnr": None,
         "baseline_cells_right": (mean("baseline_cells_right") or {}).get("mean"),
         "class_baseline_cells_right": (mean("class_baseline_cells_right") or {}).get("mean"),
-        "over_class_mean": gain("class_baseline_cells_right"),
+        "over_class_mean": gain(rows, units, "cells_right", "class_baseline_cells_right"),
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),

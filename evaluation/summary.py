@@ -59,10 +59,10 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         "recovered": {f"{t:g}": _share([is_recovered(r, t) for r in rows], units) for t in thresholds} if rows else {},
         "identified": identified_share(rows, units),
         "null": _null(rows, trials),
-        "over_null": _gain(rows, units, "null_psnr"),
+        "over_null": gain(rows, units, "psnr", "null_psnr"),
         "baseline_psnr": _complete_mean(rows, "baseline_psnr"),
         "class_baseline_psnr": _complete_mean(rows, "class_baseline_psnr"),
-        "over_class_mean": _gain(rows, units, "class_baseline_psnr"),
+        "over_class_mean": gain(rows, units, "psnr", "class_baseline_psnr"),
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),
@@ -76,7 +76,11 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         **_optional_mean(rows, "oracle_affine_psnr"),
         **_optional_mean(rows, "oracle_floor_psnr"),
         **_optional_mean(rows, "companion_psnr"),
-        **({"over_companion": _gain(rows, units, "companion_psnr")} if rows and "companion_psnr" in rows[0] else {}),
+        **(
+            {"over_companion": gain(rows, units, "psnr", "companion_psnr")}
+            if rows and "companion_psnr" in rows[0]
+            else {}
+        ),
         **_optional_mean(rows, "sign_ok"),
     }
 
@@ -95,14 +99,34 @@ def thin(trace: Sequence[float], points: int = 200) -> list[list[float | None]]:
     return [[i, float(trace[i]) if math.isfinite(trace[i]) else None] for i in chosen]
 
 
-def _gain(rows: Sequence[Row], units: Sequence[Hashable], key: str) -> dict[str, Any] | None:
-    """The mean of PSNR minus the PSNR under `key`, image by image, in dB, with its 95% interval over units.
+def gain(rows: Sequence[Row], units: Sequence[Hashable], key: str, over: str) -> dict[str, Any] | None:
+    """The mean of the score `key` minus the score `over`, row by row, with its 95% interval over units.
 
-    low and high are None for fewer than three units. None without rows, and where `key` is None.
+    low and high are None for fewer than three units. None without rows, and where `over` is None.
     """
-    if not rows or any(r.get(key) is None for r in rows):
+    if not rows or any(r.get(over) is None for r in rows):
         return None
-    return mean_interval([r["psnr"] - r[key] for r in rows], units)
+    return mean_interval([r[key] - r[over] for r in rows], units)
+
+
+def mean_of(rows: Sequence[Row], units: Sequence[Hashable], key: str) -> dict[str, Any] | None:
+    """The mean of the score `key` with its interval, standard deviation and median; None if a row has no score."""
+    values = [r[key] for r in rows if r.get(key) is not None]
+    if not values or len(values) < len(rows):
+        return None
+    return mean_interval(values, units) | {"std": statistics.pstdev(values), "median": statistics.median(values)}
+
+
+def null_of(trials: Sequence[Row], *keys: str) -> dict[str, Any] | None:
+    """The means over trials of what reconstructions score against other records; None if a trial has no null."""
+    nulls = [t["null"] for t in trials if t.get("null") is not None]
+    if not nulls or len(nulls) < len(trials):
+        return None
+    return {
+        **{key: statistics.fmean(value for null in nulls for value in null[key]) for key in keys},
+        "recovered": statistics.fmean(null["recovered"] for null in nulls),
+        "same_labels": all(null["labels"] for null in nulls),
+    }
 
 
 def _objective(trials: Sequence[Row]) -> dict[str, float | None] | None:

@@ -5,6 +5,7 @@ token of a language model has no gradient: it is left out of all scores but `las
 equations.
 """
 
+import functools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from evaluation.intervals import mean_interval, share_interval
 from evaluation.metrics import compare, metric
 from evaluation.pairing import assign
 from evaluation.scoring import SCORINGS, Scoring
-from evaluation.summary import QUANTILES, identified_share, quantiles, unit_kind, unit_of
+from evaluation.summary import QUANTILES, gain, identified_share, mean_of, null_of, quantiles, unit_kind, unit_of
 
 
 @metric("token_accuracy", domain="text")
@@ -175,19 +176,9 @@ def summarize_text(
     """The numbers of summary.json: as `summary.summarize`. PSNR and the like are None; `thresholds` are unused."""
     units = [unit_of(r, number) for number, r in enumerate(rows)]
 
-    def mean(key: str) -> dict[str, Any] | None:
-        values = [r[key] for r in rows if r.get(key) is not None]
-        if not values or len(values) < len(rows):
-            return None
-        return mean_interval(values, units) | {"std": statistics.pstdev(values), "median": statistics.median(values)}
-
-    def gain(key: str, over: str) -> dict[str, Any] | None:
-        if not rows or any(r.get(over) is None for r in rows):
-            return None
-        return mean_interval([r[key] - r[over] for r in rows], units)
+    mean = functools.partial(mean_of, rows, units)
 
     exact_share = share_interval([r["exact"] == 1 for r in rows], units) if rows else None
-    nulls = [t["null"] for t in trials if t.get("null") is not None]
     last = [r["last_token"] for r in rows if r["last_token"] is not None]
     return {
         "domain": "text",
@@ -205,21 +196,14 @@ def summarize_text(
         "last_token": statistics.fmean(last) if last else None,
         "label_accuracy": None,
         "identified": identified_share(rows, units),
-        "null": {
-            "token_accuracy": statistics.fmean(v for n in nulls for v in n["token_accuracy"]),
-            "bag_recall": statistics.fmean(v for n in nulls for v in n["bag_recall"]),
-            "recovered": statistics.fmean(n["recovered"] for n in nulls),
-            "same_labels": all(n["labels"] for n in nulls),
-        }
-        if nulls and len(nulls) == len(trials)
-        else None,
-        "over_null": gain("token_accuracy", "null_token_accuracy"),
+        "null": null_of(trials, "token_accuracy", "bag_recall"),
+        "over_null": gain(rows, units, "token_accuracy", "null_token_accuracy"),
         "baseline_psnr": None,
         "class_baseline_psnr": None,
         "baseline_token_accuracy": (mean("baseline_token_accuracy") or {}).get("mean"),
         "class_baseline_token_accuracy": (mean("class_baseline_token_accuracy") or {}).get("mean"),
         "baseline_bag_recall": (mean("baseline_bag_recall") or {}).get("mean"),
-        "over_class_mean": gain("token_accuracy", "class_baseline_token_accuracy"),
+        "over_class_mean": gain(rows, units, "token_accuracy", "class_baseline_token_accuracy"),
         "seconds": sum(t["seconds"] for t in trials),
         "missed": sum(r["match"] is None for r in rows),
         "status": dict(sorted(Counter(t["status"] for t in trials).items())),

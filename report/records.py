@@ -15,6 +15,7 @@ from report.tables import (
     Entry,
     Summary,
     View,
+    counted,
     identified_in_words,
     interval,
     mean_std,
@@ -32,13 +33,7 @@ _SHARED = (
 _shared = {entry.label: entry for entry in ENTRIES if entry.label in _SHARED}
 
 RECORD_ENTRIES = (
-    Entry(
-        "records",
-        "images",
-        lambda s: f"{s['images']} ({plural(s['units'], s['unit'])})" if s.get("units") else str(s["images"]),
-        "number of true records that were scored, and of independent units for the intervals",
-        always=True,
-    ),
+    counted("records"),
     Entry(
         "cells right",
         "cells_right",

@@ -81,15 +81,19 @@ class Entry:
     compared: bool = True
 
 
-ENTRIES = (
-    Entry(
-        "images",
+def counted(records: str, units: str = "") -> Entry:
+    """The number of what was scored: `records`, such as images. `units`: what their units are, for the help."""
+    return Entry(
+        records,
         "images",
         lambda s: f"{s['images']} ({plural(s['units'], s['unit'])})" if s.get("units") else str(s["images"]),
-        "number of true images that were scored, and of independent units for the intervals: photographs, clients or "
-        "trials",
+        f"number of true {records} that were scored, and of independent units for the intervals{units}",
         always=True,
-    ),
+    )
+
+
+ENTRIES = (
+    counted("images", ": photographs, clients or trials"),
     Entry(
         "PSNR (dB)",
         "psnr",

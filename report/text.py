@@ -14,6 +14,7 @@ from report.tables import (
     Entry,
     Summary,
     View,
+    counted,
     identified_in_words,
     interval,
     mean_std,
@@ -27,13 +28,7 @@ _SHARED = ("identified", "missed", "status", "test accuracy", "training loss", "
 _shared = {entry.label: entry for entry in ENTRIES if entry.label in _SHARED}
 
 TEXT_ENTRIES = (
-    Entry(
-        "sentences",
-        "images",
-        lambda s: f"{s['images']} ({plural(s['units'], s['unit'])})" if s.get("units") else str(s["images"]),
-        "number of true sentences that were scored, and of independent units for the intervals",
-        always=True,
-    ),
+    counted("sentences"),
     Entry(
         "exact sentences",
         "exact",
