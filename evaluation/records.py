@@ -20,7 +20,7 @@ from core.protocol import Batch, Reconstruction
 from evaluation.candidates import Candidates
 from evaluation.evaluator import ScoringContext, TrialScore, record_of
 from evaluation.identification import ranks
-from evaluation.intervals import mean_interval, share_interval
+from evaluation.intervals import share_interval
 from evaluation.pairing import assign, labels_right
 from evaluation.scoring import SCORINGS, Scoring
 from evaluation.summary import QUANTILES, gain, identified_share, mean_of, null_of, quantiles, unit_kind, unit_of

@@ -76,11 +76,7 @@ def summarize(rows: Sequence[Row], trials: Sequence[Row], thresholds: Sequence[f
         **_optional_mean(rows, "oracle_affine_psnr"),
         **_optional_mean(rows, "oracle_floor_psnr"),
         **_optional_mean(rows, "companion_psnr"),
-        **(
-            {"over_companion": gain(rows, units, "psnr", "companion_psnr")}
-            if rows and "companion_psnr" in rows[0]
-            else {}
-        ),
+        **_over_companion(rows, units),
         **_optional_mean(rows, "sign_ok"),
     }
 
@@ -127,6 +123,12 @@ def null_of(trials: Sequence[Row], *keys: str) -> dict[str, Any] | None:
         "recovered": statistics.fmean(null["recovered"] for null in nulls),
         "same_labels": all(null["labels"] for null in nulls),
     }
+
+
+def _over_companion(rows: Sequence[Row], units: Sequence[Hashable]) -> dict[str, Any]:
+    """What an attack gains over the one it is compared with; empty without one."""
+    compared = bool(rows) and "companion_psnr" in rows[0]
+    return {"over_companion": gain(rows, units, "psnr", "companion_psnr")} if compared else {}
 
 
 def _objective(trials: Sequence[Row]) -> dict[str, float | None] | None:

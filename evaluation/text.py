@@ -19,7 +19,7 @@ from evaluation.baselines import Baselines
 from evaluation.candidates import Candidates
 from evaluation.evaluator import ScoringContext, TrialScore, record_of
 from evaluation.identification import ranks
-from evaluation.intervals import mean_interval, share_interval
+from evaluation.intervals import share_interval
 from evaluation.metrics import compare, metric
 from evaluation.pairing import assign
 from evaluation.scoring import SCORINGS, Scoring
