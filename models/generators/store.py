@@ -75,10 +75,14 @@ def load_or_train(
     with FileLock(folder / ".lock"):
         with contextlib.suppress(UsageError):  # another process has trained it meanwhile
             return load(folder, device), folder
-        for name in (WEIGHTS, "manifest.json", "state.pt"):
+        for name in (WEIGHTS, "manifest.json", "state.pt", "samples.png"):
             if (folder / name).is_dir():
                 raise UsageError(f"{folder / name} is a folder: remove it")
-        if (folder / WEIGHTS).exists():
+        damaged = (folder / WEIGHTS).exists()
+        for name in (WEIGHTS, "manifest.json", "state.pt", "samples.png"):
+            if (folder / name).exists() and not (folder / name).is_file():
+                (folder / name).unlink()  # a pipe or a socket
+        if damaged:
             print(f"the generator in {folder} is damaged and is trained again", file=sys.stderr)
         _train(config, public, classes, folder, metadata or {})
         return load(folder, device), folder
