@@ -13,6 +13,7 @@ from report.tables import ENTRIES, RECOVERED, VIEWS, Summary, View, image_verdic
 from utils.terminal import printable
 
 ABREAST = 10  # images in a line of a grid
+SIDE, GAP, TITLE, CAPTION, LABELS = 1.1, 0.08, 0.24, 0.24, 0.34  # of a grid, in inches
 
 Point = Mapping[str, str]
 
@@ -34,33 +35,32 @@ def grid(
     count = min(len(truth), most)
     columns = min(count, ABREAST)
     lines = -(-count // columns)
+    width = LABELS + columns * (SIDE + GAP)
+    pair = (TITLE if names is not None else GAP) + 2 * SIDE + GAP + CAPTION  # height of a line
+    height = lines * pair + (CAPTION if count < len(truth) else 0)
     with style.pyplot() as plt:
-        figure, axes = plt.subplots(
-            2 * lines,
-            columns,
-            figsize=(1.15 * columns + 0.6, 2.55 * lines + (0.25 if count < len(truth) else 0)),
-            squeeze=False,
-            layout="constrained",
-        )
-        for ax in axes.flat:
-            ax.set_axis_off()
+        figure = plt.figure(figsize=(width, height))
+        ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))  # in inches, from above
+        ax.set_axis_off()
         for i in range(count):
             line, column = divmod(i, columns)
-            above, below = axes[2 * line, column], axes[2 * line + 1, column]
-            _show(above, truth[i], domain)
+            left, top = LABELS + column * (SIDE + GAP), line * pair + (TITLE if names is not None else GAP)
+            middle, below = left + SIDE / 2, top + SIDE + GAP
+            _show(ax, truth[i], domain, left, top)
             if names is not None:
-                above.set_title(_shortened(names[i]), fontsize=style.SMALL - 2)
-            if rows[i]["match"] is None:
-                _caption(below, "missed")
-                continue
-            _show(below, rebuilt[i], domain)
-            _caption(below, f"{rows[i]['psnr']:.1f} dB")
-        for line in range(2 * lines):
-            ax, name = axes[line, 0], ("truth", "rebuilt")[line % 2]
-            color = (style.TRUTH, style.REBUILT)[line % 2][0]
-            ax.text(-0.08, 0.5, name, color=color, rotation=90, va="center", ha="right", transform=ax.transAxes)
+                ax.text(middle, top - 0.04, _shortened(names[i]), ha="center", va="bottom", fontsize=style.SMALL - 2)
+            found = rows[i]["match"] is not None
+            if found:
+                _show(ax, rebuilt[i], domain, left, below)
+            text = f"{rows[i]['psnr']:.1f} dB" if found else "missed"
+            ax.text(middle, below + (SIDE if found else 0) + 0.04, text, ha="center", va="top", fontsize=style.SMALL)
+            if column == 0:
+                for place, name, color in ((top, "truth", style.TRUTH), (below, "rebuilt", style.REBUILT)):
+                    at = LABELS - 0.08, place + SIDE / 2
+                    ax.text(*at, name, color=color[0], rotation=90, va="center", ha="right")
         if count < len(truth):
-            figure.supxlabel(f"the first {count} of {len(truth)} images", fontsize=style.SMALL)
+            left_out = f"the first {count} of {len(truth)} images"
+            ax.text(width / 2, height - 0.06, left_out, ha="center", va="bottom", fontsize=style.SMALL)
         style.save(figure, path)
 
 
@@ -249,13 +249,10 @@ def _datasets(summaries: Sequence[Summary]) -> str:
     return ", ".join(dict.fromkeys(s["dataset"] for s in summaries))
 
 
-def _show(ax: Any, example: Tensor, domain: Domain) -> None:
-    ax.imshow(domain.render(example.cpu()), vmin=0, vmax=1, cmap="gray")
-
-
-def _caption(ax: Any, text: str) -> None:
-    """Text under an image."""
-    ax.text(0.5, -0.04, text, ha="center", va="top", fontsize=style.SMALL, transform=ax.transAxes)
+def _show(ax: Any, example: Tensor, domain: Domain, left: float, top: float) -> None:
+    """An example in a square of side SIDE."""
+    extent = (left, left + SIDE, top + SIDE, top)
+    ax.imshow(domain.render(example.cpu()), vmin=0, vmax=1, cmap="gray", extent=extent, aspect="auto")
 
 
 def _shortened(name: str, most: int = 18) -> str:
