@@ -102,7 +102,7 @@ class CocktailParty(features.FeatureInversionAttack):
 
     def check(self, model: nn.Module, task: Task, recipe: Recipe, kind: str, num_examples: int) -> None:
         super().check(model, task, recipe, kind, num_examples)
-        layer = hidden_layer(model)
+        layer = hidden_layer(model, task)
         assert layer is not None
         if pixel_layer(model, task) is None and not has_relu(model):
             raise UsageError(
@@ -115,7 +115,8 @@ class CocktailParty(features.FeatureInversionAttack):
             )
 
     def reconstruct(self, observation: Observation, rng: torch.Generator) -> Reconstruction:
-        layer, task = hidden_layer(observation.model), observation.task
+        task = observation.task
+        layer = hidden_layer(observation.model, task)
         assert layer is not None, "the model has no fully connected layer before the head"
         problem, extractor = features.layer_problem(observation, layer)
         # local training has diverged, or moved nothing

@@ -45,10 +45,27 @@ def pixel_layer(model: nn.Module, task: Task) -> nn.Linear | None:
     return first if isinstance(first, nn.Linear) and first.in_features == size else None
 
 
-def hidden_layer(model: nn.Module) -> nn.Linear | None:
-    """The first fully connected layer, if it is not the head."""
+def hidden_layer(model: nn.Module, task: Task) -> nn.Linear | None:
+    """The first fully connected layer that is called once with one row for each example, if it is not the head.
+
+    Layers that are applied to every token or position, as in a transformer, are left out.
+    """
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return linear[0] if len(linear) > 1 else None
+    shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in linear}
+
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
+        shapes[layer].append(output.shape)
+
+    hooks = [layer.register_forward_hook(note) for layer in linear]
+    example = task.domain.init(2, torch.Generator().manual_seed(0))
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(task.domain.to_model(example.to(next(model.parameters()))))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    fits = (layer for layer in linear[:-1] if shapes[layer] == [(2, layer.out_features)])
+    return next(fits, None)
 
 
 def head_layer(model: nn.Module) -> nn.Module:
@@ -125,7 +142,7 @@ def _pixel_layer_bias(model: nn.Module, task: Task) -> str | None:
 
 
 def _hidden_layer(model: nn.Module, task: Task) -> str | None:
-    if hidden_layer(model) is None:
+    if hidden_layer(model, task) is None:
         return (
             "needs a fully connected layer before the head, and this model has none: "
             "choose `model=fc2`, `model=mlp`, `model=cnn` or `model=vgg16`"

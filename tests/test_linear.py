@@ -500,7 +500,7 @@ def test_differences_are_linear() -> None:
 
 def test_a_network_is_its_extractor_and_its_head() -> None:
     model, x = network("cnn"), victims(3, seed=0).examples
-    layer = hidden_layer(model)
+    layer = hidden_layer(model, TASK)
     assert layer is not None
     extractor, head = FeatureExtractor(model, layer), Head(model, layer, TASK)
     assert torch.allclose(head(extractor(x)), model.eval()(x), atol=1e-6)
@@ -510,7 +510,7 @@ def test_a_network_is_its_extractor_and_its_head() -> None:
 def test_whitened_embeddings_vary_evenly_about_zero() -> None:
     """The mean is gone, and all but one of the directions along which they varied are as weak as `min_gain` says."""
     model = network("cnn")
-    layer = hidden_layer(model)
+    layer = hidden_layer(model, TASK)
     assert layer is not None
     z = FeatureExtractor(model, layer).in_chunks(PUBLIC.examples[:512]).double()
     whitened = EmbeddingWhitening(z)(z)
@@ -522,7 +522,7 @@ def test_whitened_embeddings_vary_evenly_about_zero() -> None:
 
 def plain_feature_inversion(attack: Any, observation: Observation, truth: Batch, rng: torch.Generator) -> Tensor:
     """Feature inversion as the authors' loop does it, with torch's own optimiser and schedule."""
-    layer = hidden_layer(observation.model)
+    layer = hidden_layer(observation.model, TASK)
     assert layer is not None
     extractor = FeatureExtractor(observation.model, layer)
     target = extractor(truth.examples).detach()
@@ -544,7 +544,7 @@ def test_feature_inversion_is_the_plain_loop() -> None:
     attack, truth = ATTACKS["cpa"](feature_inversion_iterations=25), victims(2, seed=0)
     observation = observe(attack, network("cnn"), truth)
     expected = plain_feature_inversion(attack, observation, truth, torch.Generator().manual_seed(0))
-    _, extractor = layer_problem(observation, hidden_layer(observation.model))  # type: ignore[arg-type]
+    _, extractor = layer_problem(observation, hidden_layer(observation.model, TASK))  # type: ignore[arg-type]
     assert extractor is not None
     target = extractor(truth.examples).detach()
     found = attack.invert_features(extractor, target, TASK, torch.Generator().manual_seed(0))

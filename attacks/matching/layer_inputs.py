@@ -119,7 +119,8 @@ def determined_inputs(model: nn.Module, gradient: Sequence[Tensor], probes: Tens
 def _positions(model: nn.Module, probes: Tensor, label: int) -> dict[str, tuple[torch.Size, Tensor]]:
     """For each layer the shape of its input, without the batch, and which positions (P,) have a gradient.
 
-    Only layers that are called once and share their weight with no other: the gradient of others is a sum over inputs.
+    Only layers that are called once for each example and share their weight with no other: the gradient of others, such
+    as a layer that is applied to every token, is a sum over inputs.
     """
     model = copy.deepcopy(model).eval()
     shapes: dict[str, torch.Size] = {}
@@ -130,8 +131,10 @@ def _positions(model: nn.Module, probes: Tensor, label: int) -> dict[str, tuple[
         if layer.weight.requires_grad:
 
             def capture(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                shapes[name], outputs[name] = args[0].shape[1:], output
                 calls[id(layers[name].weight)] += 1
+                dims = 2 if isinstance(layers[name], nn.Linear) else 4
+                if args and args[0].dim() == dims and len(args[0]) == len(probes):
+                    shapes[name], outputs[name] = args[0].shape[1:], output
 
             layer.register_forward_hook(capture)
     with torch.enable_grad():
