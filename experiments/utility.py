@@ -1,4 +1,7 @@
-"""Accuracy of federated runs with and without an attack's block: the mean of each run's last rounds, over seeds."""
+"""Accuracy of federated runs with and without an attack's block: the mean of each run's last rounds, over seeds.
+
+The difference is paired by seed; intervals are those of Student's t over seeds.
+"""
 
 import json
 import statistics
@@ -7,6 +10,7 @@ from pathlib import Path
 from core.errors import UsageError
 from core.hyperparameters import hp, hyperparameters
 from core.paths import ROOT
+from evaluation.intervals import mean_interval
 from report.tables import number, table
 from runner.cli import run_script
 
@@ -30,16 +34,23 @@ def main(flags: Flags) -> None:
     if "baseline" not in names or len(names) < 2:
         raise UsageError(f"{flags.out} holds no finished runs of baseline and of an attack to compare it with")
     rows = []
-    baseline = statistics.fmean(accuracy for name, _, accuracy, _ in runs if name == "baseline")
+    baseline = {seed: accuracy for name, seed, accuracy, _ in runs if name == "baseline"}
     for name in names:
-        values, recovered = zip(*[(accuracy, rate) for n, _, accuracy, rate in runs if n == name], strict=True)
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        mean = statistics.fmean(values)
-        cells = (mean, deviation, mean - baseline, statistics.fmean(recovered))
-        rows.append([name, str(len(values)), *(number(v, 3) for v in cells)])
-    text = table(["attack", "seeds", "accuracy", "standard deviation", "difference", "recovered"], rows)
+        found = {seed: (accuracy, rate) for n, seed, accuracy, rate in runs if n == name}
+        accuracies = [accuracy for accuracy, _ in found.values()]
+        paired = [accuracy - baseline[seed] for seed, (accuracy, _) in found.items() if seed in baseline]
+        difference = mean(paired, "+") if paired and name != "baseline" else "-"
+        recovered = statistics.fmean(rate for _, rate in found.values())
+        rows.append([name, str(len(found)), mean(accuracies), difference, number(recovered)])
+    text = table(["attack", "seeds", "accuracy", "difference", "recovered"], rows)
     (flags.out / "table.md").write_text(text + "\n")
     print(text)
+
+
+def mean(values: list[float], sign: str = "") -> str:
+    found = mean_interval(values, range(len(values)))
+    text = f"{found['mean']:{sign}.3f}"
+    return text if found["low"] is None else f"{text} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
 if __name__ == "__main__":
