@@ -154,7 +154,9 @@ def test_a_zero_head_has_silent_layers_behind_it() -> None:
     assert found.limits("gradients")
 
 
-@pytest.mark.parametrize("name", ["InPlace", "HeadFirst", "Attention", "SharedAndFrozen", "Tied", "NoHead", "TokenMixer"])
+@pytest.mark.parametrize(
+    "name", ["InPlace", "HeadFirst", "Attention", "SharedAndFrozen", "Tied", "NoHead", "TokenMixer"]
+)
 def test_every_attack_runs_on_a_strange_model_or_says_why_not(name: str) -> None:
     """With the labels granted, what works in part works."""
     model, recipe = stranger(name), Recipe(1)

@@ -135,6 +135,13 @@ def test_a_table_of_the_page_is_what_the_study_stored(part: str) -> None:
         assert results.between_marks(f"study {part}", study.block(part, STORED)) in text
 
 
+def test_the_verdicts_of_the_readme_are_those_of_the_study() -> None:
+    text = study.README.read_text()
+    assert len(re.findall(results.marks("study verdicts"), text, re.S)) == 1
+    if STORED is not None:
+        assert results.between_marks("study verdicts", study.verdict_block(STORED)) in text
+
+
 @pytest.mark.skipif(STORED is None, reason="the study has not been measured")
 def test_the_stored_study_was_measured_on_one_commit() -> None:
     assert STORED is not None

@@ -7,6 +7,7 @@ study continues where it stopped. claims.json lists the claims, and says which r
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from runner.experiment import commit
 from runner.workers import cores
 from utils.files import write_bytes, write_json
 
-STORED, PAGE = ROOT / "docs" / "study.json", ROOT / "docs" / "study.md"
+STORED, PAGE, README = ROOT / "docs" / "study.json", ROOT / "docs" / "study.md", ROOT / "README.md"
 FACTS = ("table", "attack", "network", "dataset", "observation", "state", "setting")
 QUORUMS = {"most": ", for more than half of the attacks", "all": ", for every attack"}
 PARTS = ("claims", "observations", "settings", "utility")  # tables of docs/study.md
@@ -247,16 +248,31 @@ assert tuple(TITLES) == PARTS
 
 
 def write_docs(stored: Mapping[str, Any]) -> None:
-    """Replace the tables of docs/study.md. Raises UsageError if it has no place for one."""
+    """Replace the tables of docs/study.md and the list in README. Raises UsageError if one has no place."""
     for part in PARTS:
         replace_marked(PAGE, f"study {part}", block(part, stored))
+    replace_marked(README, "study verdicts", verdict_block(stored))
+
+
+def verdict_block(stored: Mapping[str, Any]) -> str:
+    """How many claims are confirmed, refuted and not shown, and a list of those that are refuted."""
+    judged = [(claim, claims.judge(claim, stored["rows"])) for claim in claims.load()]
+    count = Counter(found["verdict"] for _, found in judged)
+    counts = ", ".join(f"{count[verdict]} {verdict}" for verdict in ("confirmed", "refuted", "not shown"))
+    refuted = [(claim, found) for claim, found in judged if found["verdict"] == "refuted"]
+    lines = [f"- {claim['claim']} ({_evidence(claim, found)})" for claim, found in refuted]
+    first = f"{len(judged)} claims: {counts}." + (" Refuted:" if refuted else "")
+    return "\n".join([first, "", *lines, *([""] if lines else []), _source(stored)])
 
 
 def block(part: str, stored: Mapping[str, Any]) -> str:
     """A table and the line below it."""
-    return f"{render(part, stored)}\n\n(`{command(stored)}`; commit `{stored['commit']}`, torch {stored['torch']}, " + (
-        f"{stored['cores']} CPU cores.)"
-    )
+    return f"{render(part, stored)}\n\n{_source(stored)}"
+
+
+def _source(stored: Mapping[str, Any]) -> str:
+    machine = f"torch {stored['torch']}, {stored['cores']} CPU cores"
+    return f"(`{command(stored)}`; commit `{stored['commit']}`, {machine}.)"
 
 
 def command(stored: Mapping[str, Any]) -> str:
