@@ -91,7 +91,7 @@ class SME(FeatureInversion):
             return to_reconstruction(self.runs(observation, labels, make, rng))
         statistics = None
         if self.statistics_weight:
-            statistics = matched_statistics(observation, observation.recipe.steps(update.num_examples))
+            statistics = matched_statistics(observation, matcher)
         if statistics is not None:
             matcher = statistics.matcher(make)
         corrections = range(self.iterations // 10, self.iterations, self.correction_interval or self.iterations)
@@ -149,9 +149,10 @@ class Surrogate(MatchingObjective):
         distance = cosine_distance(gradient, self.matcher.target)
         if self.statistics is None:
             return distance
-        found = self.statistics.of_one_batch()
-        if self.moved:
-            found = [(m - dm, v - dv) for (m, v), (dm, dv) in zip(found, self.moved, strict=True)]
+        found = self.statistics.moments(several_steps=False)
+        if not self.moved:  # the surrogate's statistics are not those of the local steps
+            return distance
+        found = [(m - dm, v - dv) for (m, v), (dm, dv) in zip(found, self.moved, strict=True)]
         return distance + self.statistics_weight * self.statistics.misfit(found)
 
     def start(self) -> None:
@@ -176,9 +177,9 @@ class Surrogate(MatchingObjective):
         examples = self.matcher.task.domain.from_model(x)
         self.error = None
         surrogate = self._rescaled(self._gradient(examples, self.labels, *extra))
-        ours = self.statistics.of_one_batch() if self.statistics is not None else []
+        ours = self.statistics.moments(several_steps=False) if self.statistics is not None else []
         client = self._rescaled(self.matcher.simulate(examples, self.labels, *extra[1:]))
-        theirs = self.statistics.of_steps() if self.statistics is not None else []
+        theirs = self.statistics.moments(several_steps=True) if self.statistics is not None else []
         self.error = [s - u for s, u in zip(surrogate, client, strict=True)]
         self.moved = [(m - n, v - w) for (m, v), (n, w) in zip(ours, theirs, strict=True)]
 
@@ -194,6 +195,8 @@ class Surrogate(MatchingObjective):
         """The gradient at the surrogate model, after Adam (for its clients) and the defence."""
         meta = self.matcher.meta
         between = [w - (1 - alpha) * d for w, d in zip(meta.weights, self.delta, strict=True)]
+        if self.matcher.counter.batch is not None:
+            examples, labels = self.matcher.counter.batch(examples, labels, self.matcher.task, *unknowns)
         inputs = self.matcher.task.domain.to_model(examples)
         gradient = meta.gradient(inputs, labels, between, create_graph=torch.is_grad_enabled())
         return self.matcher.defended(self.matcher.adam_direction(gradient), *unknowns)

@@ -7,6 +7,7 @@ r is the input of the head. With more than one example, s_j is the mean over the
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from core.hyperparameters import hp
 from defenses.base import Counter, Defense, Gradient, Step, Tensors, register
@@ -55,8 +56,9 @@ def feature_sensitivity(model: nn.Module, head: nn.Module, inputs: Tensor) -> Te
     captured: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, values: captured.append(values[0]))
     x = inputs.detach().requires_grad_()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # BatchNorm counts the step alone
     with torch.enable_grad():
-        model(x)
+        functional_call(model, buffers, (x,))
     handle.remove()
     features = captured[0].flatten(1)  # (N, D)
     norms = []

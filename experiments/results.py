@@ -108,8 +108,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "class_cells": ("of the class", lambda row: number(row["summary"]["class_baseline_cells_right"])),
     "surest": ("surest quarter (claimed), least sure", lambda row: _surest(row["summary"].get("surest"))),
     "alone": ("alone", lambda row: number(row["summary"]["ceiling"])),
-    "certified": ("certified", lambda row: share(row["summary"]["certified"])),
-    "wrong": ("wrong certificates", lambda row: str(row["summary"]["certified"]["wrong"])),
+    "certified": ("certified", lambda row: share(row["summary"].get("certified"))),
+    "wrong": ("wrong certificates", lambda row: str(row["summary"].get("certified", {}).get("wrong", "-"))),
     "verdict": ("verdict", lambda row: row["summary"]["verdict"] or "-"),
     "seconds": ("s / update", lambda row: f"{row['summary']['seconds'] / sum(row['summary']['status'].values()):.1f}"),
 }

@@ -41,7 +41,8 @@ def main(flags: Flags) -> None:
         paired = [accuracy - baseline[seed] for seed, (accuracy, _) in found.items() if seed in baseline]
         difference = mean(paired, "+") if paired and name != "baseline" else "-"
         recovered = statistics.fmean(rate for _, rate in found.values())
-        rows.append([name, str(len(found)), mean(accuracies), difference, number(recovered)])
+        count = str(len(found)) + ("" if len(paired) == len(found) else f", {len(paired)} paired")
+        rows.append([name, count, mean(accuracies), difference, number(recovered)])
     text = table(["attack", "seeds", "accuracy", "difference", "recovered"], rows)
     (flags.out / "table.md").write_text(text + "\n")
     print(text)

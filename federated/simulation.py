@@ -114,7 +114,8 @@ def summed(updates: Sequence[Update]) -> Update:
             name: sum((s * t.double() for s, t in zip(shares, tensors, strict=True)), torch.zeros(()).double())
             for name, tensors in stacked.items()
         }
-        return {name: t.to(parts[0][name].dtype) for name, t in means.items()}
+        whole = {name: not parts[0][name].is_floating_point() for name in means}  # such as num_batches_tracked
+        return {name: (t.round() if whole[name] else t).to(parts[0][name].dtype) for name, t in means.items()}
 
     return Update(updates[0].kind, mean([u.tensors for u in updates]), total, mean([u.buffers for u in updates]))
 

@@ -4,6 +4,7 @@ An attack names its requirements in `Attack.requires`. Refusals, the table in th
 attacks apply to my model" all follow from the entries of `REQUIREMENTS`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -51,20 +52,26 @@ def hidden_layer(model: nn.Module, task: Task) -> nn.Linear | None:
     Layers that are applied to every token or position, as in a transformer, are left out.
     """
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    shapes: dict[nn.Module, list[torch.Size]] = {layer: [] for layer in linear}
+    if len(linear) < 2:
+        return None
+    calls: list[tuple[nn.Linear, torch.Size]] = []
 
     def note(layer: nn.Module, _: object, output: Tensor) -> None:
-        shapes[layer].append(output.shape)
+        assert isinstance(layer, nn.Linear)
+        calls.append((layer, output.shape))
 
     hooks = [layer.register_forward_hook(note) for layer in linear]
     example = task.domain.init(2, torch.Generator().manual_seed(0))
     try:
         with eval_mode(model), torch.no_grad():
-            model(task.domain.to_model(example.to(next(model.parameters()))))
+            model(task.domain.to_model(example.to(linear[0].weight)))
+    except RuntimeError:  # it does not take such examples
+        return None
     finally:
         for hook in hooks:
             hook.remove()
-    fits = (layer for layer in linear[:-1] if shapes[layer] == [(2, layer.out_features)])
+    counts = Counter(layer for layer, _ in calls)
+    fits = (layer for layer, shape in calls[:-1] if counts[layer] == 1 and shape == (2, layer.out_features))
     return next(fits, None)
 
 

@@ -250,9 +250,12 @@ def _datasets(summaries: Sequence[Summary]) -> str:
 
 
 def _show(ax: Any, example: Tensor, domain: Domain, left: float, top: float) -> None:
-    """An example in a square of side SIDE."""
-    extent = (left, left + SIDE, top + SIDE, top)
-    ax.imshow(domain.render(example.cpu()), vmin=0, vmax=1, cmap="gray", extent=extent, aspect="auto")
+    """An example in the middle of a square of side SIDE."""
+    image = domain.render(example.cpu())
+    height, width = (SIDE * n / max(image.shape[:2]) for n in image.shape[:2])
+    left, top = left + (SIDE - width) / 2, top + (SIDE - height) / 2
+    extent = (left, left + width, top + height, top)
+    ax.imshow(image, vmin=0, vmax=1, cmap="gray", extent=extent, aspect="auto")
 
 
 def _shortened(name: str, most: int = 18) -> str:

@@ -162,3 +162,18 @@ class TokenMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         return self.head(self.relu(self.pooled(self.relu(self.each(input=tokens)).mean(1))))
+
+
+class Norms(nn.Module):
+    """BatchNorm layers as users call them: one twice, one by keyword, one never."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.again = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.shared, self.by_name, self.unused = (nn.BatchNorm2d(8) for _ in range(3))
+        self.head = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.sigmoid(self.shared(self.conv(x)))
+        z = torch.sigmoid(self.by_name(input=self.shared(self.again(z))))
+        return self.head(z.flatten(1))

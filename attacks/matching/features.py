@@ -23,7 +23,7 @@ from attacks.matching.layer_inputs import InputSubspace, LayerInput, determined_
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
 from attacks.matching.signed_inversion import MatchingObjective, SignedInversion
-from attacks.matching.statistics import MatchedStatistics, matched_statistics
+from attacks.matching.statistics import MOST_STEPS, MatchedStatistics, matched_statistics
 from attacks.matching.watched import Watched
 from attacks.optim.adam import Adam
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
@@ -54,7 +54,10 @@ class FeatureInversion(SignedInversion):
         300, "steps that invert these layer inputs alone, for the start of the first run; 0: none", ge=0, smoke=3
     )
     statistics_weight: float = hp(
-        0.1, "weight of the distance of batch statistics that returned BatchNorm buffers reveal", ge=0
+        0.1,
+        "weight of the distance of batch statistics that returned BatchNorm buffers reveal, after at most "
+        f"{MOST_STEPS} steps on full batches",
+        ge=0,
     )
 
     def runs(self, observation: Observation, labels: Tensor, make: MakeMatcher, rng: torch.Generator) -> list[Run]:
@@ -85,7 +88,7 @@ class FeatureInversion(SignedInversion):
         watched = Watched(observation, {entry.layer for entry in inputs})
         statistics = None
         if self.statistics_weight:
-            statistics = matched_statistics(watched.observation, len(matcher.batches) if matcher.unrolled else 1)
+            statistics = matched_statistics(watched.observation, matcher)
         if not inputs and statistics is None:
             return MatchingObjective(matcher)
         matcher = make(watched.observation) if statistics is None else statistics.matcher(make)
@@ -137,8 +140,7 @@ class KnownInputs(MatchingObjective):
             own = [entry.distance(torch.cat(taken[entry.layer])) for entry in self.inputs]
             found.append(self.weights[0] * torch.stack(own).mean())
         if self.statistics is not None:
-            unrolled = self.matcher.unrolled
-            moments = self.statistics.of_steps() if unrolled else self.statistics.of_one_batch()
+            moments = self.statistics.moments(self.matcher.unrolled)
             found.append(self.weights[1] * self.statistics.misfit(moments))
         return torch.stack(found).sum()
 

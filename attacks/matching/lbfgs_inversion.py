@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attacks.base import Attack, MatchingDistance
 from attacks.matching.matcher import UPDATE_MODEL_HELP, GradientMatcher, UpdateModel, check_update_model
 from attacks.matching.runs import Run, run_restarts, to_reconstruction
-from attacks.matching.statistics import MatchedStatistics, matched_statistics
+from attacks.matching.statistics import MOST_STEPS, MatchedStatistics, matched_statistics
 from attacks.optim.lbfgs import Lbfgs
 from attacks.optim.loop import Evaluation, Objective, Phase, State, descend
 from core.errors import UsageError
@@ -24,7 +24,7 @@ REGULARIZER_FADE = (1.0, 0.1, 0.01)  # of its weight in the three phases of a ba
 class SquaredDistance(Objective):
     """||g^ - g*||^2, plus a regulariser whose weight changes with the phase; variables are examples and label logits.
 
-    Reports the distance alone, relative to ||g*||^2. To it belong the statistics of BatchNorm, at their weight.
+    The distance of BatchNorm's statistics is added at its weight. Reports ||g^ - g*||^2 alone, relative to ||g*||^2.
     """
 
     def __init__(
@@ -45,12 +45,11 @@ class SquaredDistance(Objective):
         unknowns = state.variables[1 if self.labels is not None else 2 :]
         labels = state.variables[1].softmax(1) if self.labels is None else self.labels
         distance = self.matcher.squared_distance(examples, labels, *unknowns)
-        if self.statistics is not None:
-            moments = self.statistics.of_steps() if self.matcher.unrolled else self.statistics.of_one_batch()
-            misfit = self.statistics_weight * self.statistics.misfit(moments)
-            distance = distance + self.matcher.target_norm_sq * misfit
         weight = self.weights[state.phase] * self.matcher.target_norm_sq
         loss = distance + weight * self.matcher.task.domain.smooth_regularizer(examples) if weight else distance
+        if self.statistics is not None:
+            misfit = self.statistics.misfit(self.statistics.moments(self.matcher.unrolled))
+            loss = loss + self.statistics_weight * self.matcher.target_norm_sq * misfit
         found = torch.autograd.grad(loss, state.variables, allow_unused=True)
         grads = tuple(torch.zeros_like(v) if g is None else g for v, g in zip(state.variables, found, strict=True))
         return Evaluation(loss.item(), grads, distance.item() / self.matcher.target_norm_sq)
@@ -110,7 +109,8 @@ class LbfgsInversion(Attack):
     )
     statistics_weight: float = hp(
         0.1,
-        "weight, relative to ||g*||^2, of the distance of batch statistics that returned BatchNorm buffers reveal",
+        "weight, relative to ||g*||^2, of the distance of batch statistics that returned BatchNorm buffers reveal, "
+        f"after at most {MOST_STEPS} steps on full batches",
         ge=0,
     )
     update_model: UpdateModel = hp("auto", UPDATE_MODEL_HELP)
@@ -140,7 +140,7 @@ class LbfgsInversion(Attack):
         make = partial(GradientMatcher, update_model=self.update_model)
         matcher, statistics = make(observation), None
         if self.statistics_weight:
-            statistics = matched_statistics(observation, len(matcher.batches) if matcher.unrolled else 1)
+            statistics = matched_statistics(observation, matcher)
         if statistics is not None:
             matcher = statistics.matcher(make)
         if not 0 < matcher.target_norm_sq < math.inf:  # an empty update, or local training that diverged

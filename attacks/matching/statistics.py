@@ -14,7 +14,7 @@ same steps: its statistics at the broadcast weights are not those of the later o
 Yin et al., See through Gradients, CVPR 2021, match statistics of the broadcast model. https://arxiv.org/abs/2104.07586
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,6 @@ class BatchStatistics:
     steps: int
     decay: float
 
-    def biased_variance(self, entries: int) -> Tensor:
-        """What the layer normalises by in one step, over `entries` entries of a channel (N H W)."""
-        return self.variance * (entries - 1) / entries
-
     def over_steps(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance (C,) of the inputs (N, C, ...) of each step, with the steps' weights."""
         assert len(features) == self.steps, f"{len(features)} steps, not {self.steps}"
@@ -55,10 +51,6 @@ class BatchStatistics:
             for side in zip(*map(statistics_of, features), strict=True)
         )
         return mean, variance
-
-    def distance(self, *features: Tensor) -> Tensor:
-        """Squared distance of the statistics of the inputs of each step, relative to the observed variance: ()."""
-        return self.misfit(*self.over_steps(features))
 
     def misfit(self, mean: Tensor, variance: Tensor) -> Tensor:
         """Squared distance of a mean and a variance (C,), relative to the observed variance: ()."""
@@ -75,24 +67,19 @@ def statistics_of(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def local_steps(model: nn.Module, buffers: Mapping[str, Tensor]) -> int | None:
     """T, as the returned buffers reveal it; None without a BatchNorm layer that counts."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:
-            returned = buffers.get(f"{name}.num_batches_tracked")
-            return None if returned is None else int(returned) - int(layer.num_batches_tracked)
-    return None
+    counts = (_steps(name, layer, buffers) for name, layer in _batch_norms(model))
+    return next((count for count in counts if count is not None), None)
 
 
 def batch_statistics(model: nn.Module, buffers: Mapping[str, Tensor]) -> list[BatchStatistics]:
     """The statistics that a client's returned buffers reveal, one for each BatchNorm layer that moved.
 
-    Empty if the client computed in eval mode, or if it returned no buffers.
+    `steps` is how often the layer was called. Empty if the client computed in eval mode, or if it returned no buffers.
     """
-    steps = local_steps(model, buffers) or 0
-    if steps <= 0:
-        return []
     found = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
+    for name, layer in _batch_norms(model):
+        steps = _steps(name, layer, buffers) or 0
+        if steps <= 0 or layer.running_mean is None or layer.running_var is None or layer.momentum == 0:
             continue
         if layer.momentum is None:
             before = int(layer.num_batches_tracked or 0)
@@ -106,6 +93,18 @@ def batch_statistics(model: nn.Module, buffers: Mapping[str, Tensor]) -> list[Ba
         )
         found.append(BatchStatistics(name, mean, variance.clamp(min=0), steps, decay))
     return found
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
+
+
+def _steps(name: str, layer: _BatchNorm, buffers: Mapping[str, Tensor]) -> int | None:
+    """How often a layer was called in train mode; None if it does not count, or if its buffers were not returned."""
+    returned = buffers.get(f"{name}.num_batches_tracked")
+    if layer.num_batches_tracked is None or returned is None:
+        return None
+    return int(returned) - int(layer.num_batches_tracked)
 
 
 class MatchedStatistics:
@@ -122,14 +121,14 @@ class MatchedStatistics:
         self._watched.take()
         return found
 
-    def of_steps(self) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance of each layer over the forward passes since the last call, one for each step."""
-        taken = self._watched.take()
-        return [entry.over_steps(taken[entry.layer]) for entry in self.entries]
+    def moments(self, several_steps: bool) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance of each layer's inputs since the last call.
 
-    def of_one_batch(self) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance of each layer over the inputs of the forward passes since the last call, as one batch."""
+        several_steps: whether each forward pass was a step; otherwise their inputs are one batch.
+        """
         taken = self._watched.take()
+        if several_steps:
+            return [entry.over_steps(taken[entry.layer]) for entry in self.entries]
         return [statistics_of(torch.cat(taken[entry.layer])) for entry in self.entries]
 
     def misfit(self, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -138,9 +137,19 @@ class MatchedStatistics:
         return torch.stack([entry.misfit(*moments) for entry, moments in pairs]).mean()
 
 
-def matched_statistics(observation: Observation, steps: int) -> MatchedStatistics | None:
-    """What returned buffers reveal, if the client moved them in the number of steps that the attacker simulates."""
-    entries = batch_statistics(observation.model, observation.update.buffers)
-    known = entries and entries[0].steps == steps <= MOST_STEPS
-    finite = all(e.mean.isfinite().all() and e.variance.isfinite().all() for e in entries)
-    return MatchedStatistics(observation, entries) if known and finite else None
+def matched_statistics(observation: Observation, matcher: GradientMatcher) -> MatchedStatistics | None:
+    """What returned buffers reveal about the steps that `matcher` simulates; None where the two cannot be compared.
+
+    They can in train mode, for one client and full batches, in at most MOST_STEPS steps. A layer is left out if it was
+    called another number of times than there are steps.
+    """
+    recipe, steps = observation.recipe, len(matcher.batches) if matcher.unrolled else 1
+    full = recipe.batch_size >= observation.update.num_examples  # the order of smaller batches is not known
+    if recipe.model_mode != "train" or observation.aggregate > 1 or not full or steps > MOST_STEPS:
+        return None
+    entries = [
+        entry
+        for entry in batch_statistics(observation.model, observation.update.buffers)
+        if entry.steps == steps and entry.mean.isfinite().all() and entry.variance.isfinite().all()
+    ]
+    return MatchedStatistics(observation, entries) if entries else None

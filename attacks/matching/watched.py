@@ -17,7 +17,7 @@ class Watched:
         self._inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         model = copy.deepcopy(observation.model)
         for name, found in self._inputs.items():
-            model.get_submodule(name).register_forward_pre_hook(_append_to(found))
+            model.get_submodule(name).register_forward_pre_hook(_append_to(found), with_kwargs=True)
         self.observation = dataclasses.replace(observation, model=model)
 
     def take(self) -> dict[str, list[Tensor]]:
@@ -28,10 +28,10 @@ class Watched:
         return taken
 
 
-def _append_to(found: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _append_to(found: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     """A hook that stores a layer's input. A function, because copies of a model share the functions of its hooks."""
 
-    def append(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
+    def append(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(args[0] if args else next(iter(named.values())))
 
     return append
