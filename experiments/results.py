@@ -292,6 +292,21 @@ TABLES = {
             Command("fed/sme.sh", "--defense clip=0.05 --believe defense=none", 10, 4),
         ),
     ),
+    "others": Table(
+        "docs/results.md",
+        ("command", "network", "images", "psnr", "over_null", "recovered", "identified", "status", "seconds"),
+        "",
+        (
+            Command("grad/idlg.sh", "--dataset leaves", 50, 6),
+            Command("grad/april.sh", "", 20, 6),
+            Command("grad/fgla.sh", "", 20, 6),
+            Command("grad/lti.sh", "", 20, 6),
+            Command("fed/ig_multi.sh", "--dataset leaves --batch-size 4", 10, 4),
+            Command("fed/ig_weight.sh", "--dataset leaves", 10, 4),
+            Command("fed/dlf.sh", "--dataset leaves", 10, None),
+            Command("grad/gias.sh", "--comparison-iterations 0", 20, None),
+        ),
+    ),
     "generators": Table(
         "docs/results.md",
         ("command", "images", "psnr", "oracle", "comparison", "over_class_mean", "over_null", "identified"),

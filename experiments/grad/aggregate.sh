@@ -1,5 +1,5 @@
 #!/bin/sh
-# Attacks on plain sums: DLG and analytic inversion where the server sees the mean gradient of 1, 4 or 16 clients.
+# Attacks on plain sums: analytic, spear and cpa where the server sees the mean gradient of 1, 4 or 16 clients.
 # sh experiments/grad/aggregate.sh [flags]      all flags: --help
 
 BASE_DATADIR=${BASE_DATADIR:-}    # where the datasets lie, or are downloaded to; empty: datasets/ of this repository
