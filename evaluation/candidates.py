@@ -7,7 +7,6 @@ an update scored against other examples with the same labels.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from core.rng import stream
 CANDIDATES = 1000  # the victim and at most 999 others
 ENOUGH = 99  # others: a class with fewer takes the next pool as well, and at last all classes
 MAX_NUMBERS = 2**24  # in the candidates of one class: 64 MB
+KEPT_NUMBERS = 8 * MAX_NUMBERS
 DRAWS = 8  # sets of other examples in the null of an update
 
 
@@ -37,7 +37,16 @@ class Candidates:
 
     def __init__(self, pools: Sequence[Pool], seed: int) -> None:
         self.pools, self.seed = list(pools), seed
-        self.of = lru_cache(maxsize=8)(self._of)
+        self._kept: dict[int, tuple[Tensor, bool]] = {}  # class -> its candidates
+
+    def of(self, label: int) -> tuple[Tensor, bool]:
+        """As `_of`; the classes that were asked for first are kept in memory, up to KEPT_NUMBERS."""
+        if label not in self._kept:
+            found = self._of(label)
+            if found[0].numel() + sum(examples.numel() for examples, _ in self._kept.values()) > KEPT_NUMBERS:
+                return found
+            self._kept[label] = found
+        return self._kept[label]
 
     def _of(self, label: int) -> tuple[Tensor, bool]:
         """At most 999 examples (N, *shape) in random order, and whether all are of class `label`.

@@ -209,7 +209,7 @@ TABLES = {
             Command("grad/ig_single.sh", "--model cnn --pretrain-epochs 20", 10, 4),
             Command("grad/ig_single.sh", "--model cnn --pretrain-epochs 20 --feature-weight 0", 10, 4),
             Command("grad/ig_single.sh", "--model cnn --pretrain-epochs 20 --batch-size 8", 5, None),
-            Command("grad/ig_single.sh", "--pretrain-epochs 5", 10, 2),
+            Command("grad/ig_single.sh", "--pretrain-epochs 5", 10, None),
             Command("grad/ig_single.sh", "--pretrain-epochs 20", 10, None),
             Command("fed/sme.sh", "--client-images 1 --local-epochs 5 --pretrain-epochs 20", 10, None),
             Command("grad/cpa.sh", "--pretrain-epochs 5", 10, 4),
