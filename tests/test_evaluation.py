@@ -549,6 +549,19 @@ def test_the_rank_counts_candidates_that_are_at_least_as_near() -> None:
     assert (row["identified"], row["rank"]) == (True, 1)
 
 
+def test_candidates_of_many_classes_are_loaded_once() -> None:
+    loaded: list[int] = []
+
+    def take(indices: torch.Tensor) -> torch.Tensor:
+        loaded.append(len(indices))
+        return torch.zeros(len(indices), 3, 4, 4)
+
+    candidates = Candidates([Pool(torch.arange(20 * 120) % 20, take)], seed=0)
+    for label in 3 * list(range(20)):
+        candidates.of(label)
+    assert sum(loaded) == 20 * (120 + 1)  # and one each for its shape
+
+
 def test_candidates_prefer_the_first_pool_and_their_own_class() -> None:
     private, held_out = (torch.full((k, 3, 4, 4), v) for k, v in ((1500, 0.2), (300, 0.7)))
     labels = torch.cat([torch.zeros(1400), torch.ones(60), torch.full((40,), 2.0)]).long()
