@@ -28,6 +28,7 @@ from federated.server import accuracy, pretrain
 from federated.simulation import Session, Source, Trial
 from models import external
 from models.external import is_external
+from models.generators.store import data_digest, load_or_compute, model_digest
 from models.validation import validate
 from models.winograd import has_bfloat16
 from runner.beliefs import parse as parse_beliefs
@@ -143,11 +144,22 @@ class Experiment:
         return split.take(chosen).examples
 
     def pretrain(self, on_step: Callable[[int, int, float], None]) -> None:
-        """Train on public data first, if the flags ask for it."""
-        if self.flags.pretrain_epochs:
-            rng = stream(self.seed, "pre")
-            loss = self.source.recipe.loss
-            pretrain(self.model, self.public_on_device, self.task, self.flags.pretrain_epochs, rng, on_step, loss)
+        """Train on public data first, if the flags ask for it; a network of the zoo is trained once and stored."""
+        epochs, loss = self.flags.pretrain_epochs, self.source.recipe.loss
+        if not epochs:
+            return
+
+        def trained() -> dict[str, torch.Tensor]:
+            pretrain(self.model, self.public_on_device, self.task, epochs, stream(self.seed, "pre"), on_step, loss)
+            return {name: t.detach().clone().contiguous() for name, t in self.model.state_dict().items()}
+
+        if is_external(self.flags.model) or ":" in loss:  # what their code imports is not known
+            trained()
+            return
+        code = source_digest(ROOT, ("core", "federated", "models"))
+        start = [repr(self.model), model_digest(self.model), data_digest(self.public)]
+        facts = [code, *start, epochs, loss, self.seed, self.threads]
+        self.model.load_state_dict(load_or_compute("pretrained", facts, trained, self.device))
 
     def session(self) -> Session:
         """The federation's side of the run, whose server prepares each broadcast as the attack does."""

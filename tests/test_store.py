@@ -5,11 +5,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from attacks import ATTACKS
+from federated.server import pretrain
+from runner import cli
 from runner.checkpoint import TrialCheckpoint
+from runner.experiment import Experiment
+from runner.flags import Grad
+from runner.sources import gradient_source
 from runner.store import Store
 from tests.commands import in_process, lines, only_run, rows
 from tests.test_bad_input import folder_of_images
@@ -182,3 +189,35 @@ def test_a_state_belongs_to_one_trial_and_is_whole_or_nothing(tmp_path: Path) ->
         assert checkpoint.load(cpu) is None
     path.unlink()
     assert checkpoint.load(cpu) is None
+
+
+def test_a_network_is_pretrained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run of the same settings loads it, a damaged file is not used, and other settings train their own."""
+    monkeypatch.setenv("CHECKPOINTS", str(tmp_path))
+    trained: list[int] = []
+
+    def counted(*args: Any) -> None:
+        trained.append(args[3])
+        pretrain(*args)
+
+    monkeypatch.setattr("runner.experiment.pretrain", counted)
+
+    def weights(*words: str) -> torch.Tensor:
+        line = ["baseline", "--image-size", "8", "--pretrain-epochs", "1", *words]
+        (command,) = cli.parse(line, Grad, ATTACKS, "page")
+        experiment = Experiment("grad", command, gradient_source)
+        experiment.pretrain(lambda step, total, loss: None)
+        return torch.cat([p.detach().flatten() for p in experiment.model.parameters()])
+
+    first = weights()
+    assert torch.equal(weights(), first)
+    assert trained == [1]
+    (file,) = tmp_path.glob("pretrained-*/network.safetensors")
+    damaged = bytearray(file.read_bytes())
+    damaged[-5] ^= 1
+    file.write_bytes(damaged)
+    assert torch.equal(weights(), first)
+    assert trained == [1, 1]
+    assert not torch.equal(weights("--seed", "1"), first)
+    assert not torch.equal(weights("--pretrain-epochs", "2"), first)
+    assert trained == [1, 1, 1, 2]

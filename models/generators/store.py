@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as save_tensors
@@ -176,24 +176,47 @@ def load_or_compute(
 ) -> dict[str, Tensor]:
     """Tensors that depend on `facts` alone, from a folder called after them, or computed once and stored there.
 
-    A second process that asks for the same tensors waits for the first. `facts` can be written as JSON.
+    A second process that asks for the same tensors waits for the first. A damaged file is computed anew. `facts` can
+    be written as JSON.
     """
     folder = checkpoint_dir() / f"{name}-{digest([*facts, torch.__version__, str(device)])}"
     file = folder / "network.safetensors"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not file.exists():
-                write_atomically(file, partial(save_file, compute()))
-    return load_file(file, device=str(device))
+    if (found := _stored(file, device)) is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if (found := _stored(file, device)) is None:
+            found = compute()
+            if file.exists() and not file.is_file() and not file.is_dir():
+                file.unlink()  # a pipe or a socket
+            write_atomically(file, partial(save_file, found, metadata={"checksum": _tensors_digest(found)}))
+    return found
+
+
+def _stored(file: Path, device: torch.device | str) -> dict[str, Tensor] | None:
+    """The tensors of a file that `load_or_compute` wrote; None if there is none, or if it is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        tensors = load_file(file, device=str(device))
+        with safe_open(file, "pt") as opened:
+            checksum = (opened.metadata() or {}).get("checksum")
+    except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError):
+        return None
+    return tensors if checksum == _tensors_digest(tensors) else None
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits that depend on every tensor."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        hasher.update(name.encode() + b"\0" + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:
     """64 hexadecimal digits that depend on every parameter and buffer."""
-    hasher = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        hasher.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return hasher.hexdigest()
+    return _tensors_digest(model.state_dict())
 
 
 def data_digest(public: Batch) -> str:
