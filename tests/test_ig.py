@@ -15,8 +15,8 @@ from attacks.matching.distances import cosine_distance
 from attacks.matching.matcher import GradientMatcher
 from attacks.matching.runs import Run
 from attacks.matching.signed_inversion import MatchingObjective
+from attacks.matching.surrogate import Surrogate
 from attacks.optim.adam import Adam
-from attacks.sme import Surrogate
 from core.protocol import Batch, Observation, Recipe, Reconstruction, image_task
 from evaluation.metrics import psnr
 from evaluation.pairing import pair
