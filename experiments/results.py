@@ -345,8 +345,8 @@ TABLES = {
         ("command", "network", "images", "cells", "class_cells", "surest", "identified", "status", "seconds"),
         "",
         (
-            Command("grad/spear.sh", "--dataset photostats --batch-size 8", 10, 5),
-            Command("grad/cpa.sh", "--dataset photostats --batch-size 8", 10, 5),
+            Command("grad/spear.sh", "--dataset photostats --model mlp --normalize none --batch-size 8", 10, 5),
+            Command("grad/cpa.sh", "--dataset photostats --model mlp --batch-size 8", 10, 5),
             Command("grad/tableak.sh", "--batch-size 8", 10, 3),
             Command("grad/tableak.sh", "", 9, 3),
         ),
