@@ -54,7 +54,7 @@ def _right(summary: Row, key: str) -> str:
     """A share of tokens or cells, with its interval, and what mean and mode score."""
     found, by_mode = summary[key], summary[f"baseline_{key}"]
     text = f"{found['mean']:.2f}"
-    text += "" if found.get("low") is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
+    text += "" if found.get("low") is None else f" [{max(found['low'], 0.0):.2f}, {min(found['high'], 1.0):.2f}]"
     return f"{text}; mode {number(by_mode)}"
 
 
