@@ -411,7 +411,7 @@ TABLES = {
 
 @hyperparameters
 class Flags:
-    quick: bool = hp(False, "fewer victims: 20 minutes on two cores instead of hours")
+    quick: bool = hp(False, "fewer victims: half an hour on two cores instead of hours")
     tables: tuple[str, ...] = hp((), f"tables to measure, of {', '.join(TABLES)}; default: all")
     render: bool = hp(False, "the tables of docs/results.json written again, without a run")
     out: Path = hp(ROOT / "results" / "tables", "folder of the runs")
